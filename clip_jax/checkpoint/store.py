@@ -1,0 +1,93 @@
+"""Saving and restoring a run: the one module that knows Orbax."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from orbax.checkpoint import v1 as ocp
+
+from clip_jax.config import CheckpointConfig, UserError
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointStore:
+    """The checkpoints of one run, numbered by step.
+
+    Each holds the state's arrays and, as metadata, what is needed to use them without the
+    workdir (config, tokenizer) and to go on (position in the data).
+    """
+
+    def __init__(self, directory: Path, config: CheckpointConfig | None = None) -> None:
+        """Opens `directory`, which is made where there is none. No config: for reading only."""
+        self._directory = Path(directory).absolute()
+        self._config = config
+        policies = ocp.training.preservation_policies
+        preserve = policies.PreserveAll()
+        if config is not None:
+            keep = [policies.LatestN(config.keep_latest)]
+            if config.keep_every_steps is not None:
+                keep.append(policies.EveryNSteps(config.keep_every_steps))
+            preserve = policies.AnyPreservationPolicy(keep)
+        self._checkpointer = ocp.training.Checkpointer(
+            self._directory, preservation_policy=preserve
+        )
+
+    def latest_step(self) -> int | None:
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def steps(self) -> list[int]:
+        return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+
+    def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
+        """Saves unless this step is saved already; in the background if so configured."""
+        if self.latest_step() == step:
+            return
+        arguments = {"step": step, "checkpointables": {"state": state}}
+        if self._config is not None and self._config.asynchronous:
+            self._checkpointer.save_checkpointables_async(
+                **arguments, custom_metadata=metadata, force=True
+            )
+        else:
+            self._checkpointer.save_checkpointables(
+                **arguments, custom_metadata=metadata, force=True
+            )
+
+    def metadata(self, step: int | None = None) -> dict[str, Any]:
+        """What was saved beside the arrays of `step` (default: the latest)."""
+        step = self._existing(step)
+        return self._checkpointer.checkpointables_metadata(step).custom_metadata
+
+    def restore(self, abstract: Any, step: int | None = None) -> Any:
+        """The arrays of `step` (default: the latest) in the shapes and shardings of `abstract`.
+
+        Raises UserError where there is no such checkpoint or it does not fit.
+        """
+        step = self._existing(step)
+        path = self._directory / str(step)
+        try:
+            # Checkpointer.load hides the cause of a misfit behind a NoEntryError.
+            return ocp.load(path, abstract, checkpointable_name="state")
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            first_line = str(error).strip().splitlines()[0][:300]
+            raise UserError(f"checkpoint {path} cannot be restored: {first_line}") from error
+
+    def _existing(self, step: int | None) -> int:
+        steps = self.steps()
+        if not steps:
+            raise UserError(f"no checkpoint in {self._directory}")
+        if step is None:
+            return steps[-1]
+        if step not in steps:
+            raise UserError(f"no checkpoint of step {step} in {self._directory}; there are {steps}")
+        return step
+
+    def wait(self) -> None:
+        """Returns when every save under way is complete on disk."""
+        self._checkpointer.wait()
+
+    def close(self) -> None:
+        self._checkpointer.close()
+
+

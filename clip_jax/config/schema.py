@@ -1,0 +1,200 @@
+"""The experiment config: every default of the project, and nothing else.
+
+Frozen, keyword-only dataclasses. `convert.py` turns them into the ConfigDict that recipes return
+and back; `validation.py` checks them. A field that takes `None` means "not set".
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTowerConfig:
+    """A Vision Transformer (Dosovitskiy et al. 2021). Defaults: ViT-B/32 as trained by CLIP."""
+
+    image_size: int = 224  # pixels, height = width
+    patch_size: int = 32  # pixels; with a conv stem: its total stride, a power of two
+    stem: Literal["patch", "conv"] = "patch"  # conv: Xiao et al. 2021, strided 3x3 convolutions
+    stem_width: int | None = None  # channels of the first convolution; None: width / 8
+    width: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    activation: Activation = "gelu"
+    layer_norm_epsilon: float = 1e-5
+    pre_norm: bool = True  # layer norm on the embeddings before the first block, as in CLIP
+    pooling: Literal["class_token", "mean", "attention"] = "class_token"
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)  # OpenAI CLIP, of [0, 1]
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTowerConfig:
+    """A causal Transformer pooled at the end-of-text token (Radford et al. 2021)."""
+
+    vocab_size: int = 49408
+    context_length: int = 77  # tokens, begin and end of text included
+    eot_id: int = 49407  # end of text, where the features are pooled: CLIP's vocabulary
+    width: int = 512
+    depth: int = 12
+    num_heads: int = 8
+    mlp_ratio: float = 4.0
+    activation: Activation = "gelu"
+    layer_norm_epsilon: float = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Two towers and the space they meet in. `presets.py` has the named ones."""
+
+    name: str = "custom"
+    image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
+    text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    embed_dim: int = 512
+    logit_scale_init: float = 1 / 0.07  # the multiplier, not its logarithm
+    logit_scale_max: float = 100.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One set of image-text pairs.
+
+    kind 'webdataset': `path` is tar files, with brace expansion (`a-{000..131}.tar`) and globs,
+    several separated by commas. kind 'quickstart': `path` is a split of the emoji set.
+    """
+
+    kind: Literal["webdataset", "quickstart"] = "webdataset"
+    path: str = ""
+    weight: float = 1.0  # share of the mixture, relative to the other sources
+    captions: Literal["first", "random"] = "random"  # where a sample has several
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Training-time image augmentation. Every probability 0 and crop_scale (1, 1): none."""
+
+    crop_scale: tuple[float, float] = (0.9, 1.0)  # share of the area kept, as open_clip
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
+    horizontal_flip: float = 0.0  # probability, as are the next ones
+    color_jitter: float = 0.0
+    brightness: float = 0.4  # jitter strengths: factor in 1 +- value; hue: +- value of a turn
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1
+    grayscale: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """How captions become tokens.
+
+    kind 'bpe': trained on the captions of the training sources at the first start and kept in the
+    workdir. kind 'file': `path` is a Hugging Face `tokenizer.json`.
+    """
+
+    kind: Literal["bpe", "file"] = "bpe"
+    path: str = ""
+    lowercase: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    on_bad_sample: Literal["skip", "fail"] = "skip"
+    num_workers: int = 0  # processes; 0: threads of the main process only
+    num_threads: int = 2  # per process
+    prefetch_batches: int = 2
+    cache_dir: str | None = None  # tar indexes and built sets; None: $CLIP_JAX_CACHE or ~/.cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    name: Literal["adamw"] = "adamw"
+    learning_rate: float = 5e-4  # peak
+    b1: float = 0.9
+    b2: float = 0.98
+    epsilon: float = 1e-6
+    weight_decay: float = 0.2  # matrices only: no biases, norms, embeddings, logit scale
+    clip_global_norm: float | None = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    name: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = 2000
+    end_fraction: float = 0.0  # learning rate at the last step, as a share of the peak
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSetConfig:
+    """One set scored by retrieval and zero-shot classification of its captions."""
+
+    kind: Literal["webdataset", "quickstart"] = "webdataset"
+    path: str = ""
+    description: str = ""
+    templates: tuple[str, ...] = ("{}",)  # prompts; class embeddings are averaged over them
+    zero_shot_ways: int = 100  # candidates in the zero-shot score; 0: no zero-shot score
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    sets: dict[str, EvalSetConfig] = field(default_factory=dict)
+    every_steps: int = 0  # 0: only after the last step
+    batch_size: int = 256  # global
+    report: bool = True  # write report.html after the last evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every_steps: int = 1000
+    keep_latest: int = 2
+    keep_every_steps: int | None = None  # these are never deleted
+    asynchronous: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    every_steps: int = 10
+    tensorboard: bool = True
+    wandb_project: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """All of a run. The resolved one is saved as `config.json` and is enough to rerun it."""
+
+    name: str = "experiment"
+    seed: int = 0
+    num_steps: int = 100_000
+    global_batch_size: int = 1024
+    microbatches: int = 1  # the towers run on this many slices; the loss is over the whole batch
+    mesh: tuple[int, int, int] = (-1, 1, 1)  # devices along data, fsdp, tensor; -1: the rest
+    precision: Literal["float32", "bfloat16"] = "bfloat16"  # of the towers' arithmetic
+    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+# On resume these may differ from the saved config (the difference is logged): they change where
+# and how fast a run computes, not what.
+MAY_CHANGE_ON_RESUME = (
+    "mesh",
+    "microbatches",
+    "remat",
+    "data.num_workers",
+    "data.num_threads",
+    "data.prefetch_batches",
+    "data.cache_dir",
+    "evaluation",
+    "checkpoint",
+    "logging",
+)

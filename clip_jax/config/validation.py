@@ -1,0 +1,211 @@
+"""Range and cross-field checks: each failure is one line with the numbers and the remedy."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from clip_jax.config.convert import flatten
+from clip_jax.config.errors import ConfigError
+from clip_jax.config.schema import ExperimentConfig, ImageTowerConfig, ModelConfig
+
+_POSITIVE = (
+    "num_steps",
+    "global_batch_size",
+    "microbatches",
+    "model.embed_dim",
+    "model.logit_scale_init",
+    "model.logit_scale_max",
+    "model.image.image_size",
+    "model.image.patch_size",
+    "model.image.stem_width",
+    "model.image.width",
+    "model.image.depth",
+    "model.image.num_heads",
+    "model.image.mlp_ratio",
+    "model.image.layer_norm_epsilon",
+    "model.text.vocab_size",
+    "model.text.context_length",
+    "model.text.width",
+    "model.text.depth",
+    "model.text.num_heads",
+    "model.text.mlp_ratio",
+    "model.text.layer_norm_epsilon",
+    "data.num_threads",
+    "data.prefetch_batches",
+    "optimizer.learning_rate",
+    "optimizer.epsilon",
+    "optimizer.clip_global_norm",
+    "evaluation.batch_size",
+    "checkpoint.every_steps",
+    "checkpoint.keep_latest",
+    "checkpoint.keep_every_steps",
+    "logging.every_steps",
+)
+_NOT_NEGATIVE = (
+    "seed",
+    "data.num_workers",
+    "optimizer.weight_decay",
+    "schedule.warmup_steps",
+    "evaluation.every_steps",
+)
+_SHARES = ("schedule.end_fraction", "optimizer.b1", "optimizer.b2")  # in [0, 1]
+
+
+def validate(config: ExperimentConfig) -> ExperimentConfig:
+    """Checks all that does not depend on the devices. Returns `config`; raises ConfigError."""
+    flat = flatten(config)
+    for key, value in flat.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"config.{key} must be finite, got {value}")
+    _check_range(flat, _POSITIVE, lambda v: v > 0, "positive")
+    _check_range(flat, _NOT_NEGATIVE, lambda v: v >= 0, "0 or more")
+    _check_range(flat, _SHARES, lambda v: 0 <= v <= 1, "between 0 and 1")
+    _check_model(config.model)
+    _check_data(config)
+    _check_steps(config)
+    if sum(size == -1 for size in config.mesh) > 1 or any(s < 1 and s != -1 for s in config.mesh):
+        raise ConfigError(
+            f"config.mesh must be positive sizes of (data, fsdp, tensor) with at most one -1, "
+            f"got {config.mesh}"
+        )
+    for tower in ("image", "text"):
+        heads, tensor = getattr(config.model, tower).num_heads, config.mesh[2]
+        if tensor > 1 and heads % tensor:
+            raise ConfigError(
+                f"config.model.{tower}.num_heads {heads} is not divisible by the tensor axis "
+                f"{tensor} of config.mesh {config.mesh}"
+            )
+    return config
+
+
+def check_devices(config: ExperimentConfig, num_devices: int) -> tuple[int, int, int]:
+    """The mesh for this many devices. Raises ConfigError where it or the batch does not fit."""
+    fixed = math.prod(size for size in config.mesh if size != -1)
+    if num_devices % fixed or (-1 not in config.mesh and fixed != num_devices):
+        raise ConfigError(
+            f"config.mesh {config.mesh} needs {'a multiple of ' if -1 in config.mesh else ''}"
+            f"{fixed} devices, but there are {num_devices}"
+        )
+    sizes = [num_devices // fixed if size == -1 else size for size in config.mesh]
+    data, fsdp, tensor = sizes
+    shards = data * fsdp
+    for name, batch, parts, spelled in (
+        (
+            "global_batch_size",
+            config.global_batch_size,
+            shards * config.microbatches,
+            f"{shards} data-parallel devices x {config.microbatches} microbatches",
+        ),
+        (
+            "evaluation.batch_size",
+            config.evaluation.batch_size,
+            shards,
+            f"{shards} data-parallel devices",
+        ),
+    ):
+        if batch % parts:
+            below, above = batch // parts * parts, -(-batch // parts) * parts
+            nearest = f"{below} or {above}" if below else f"{above}"
+            raise ConfigError(
+                f"config.{name} {batch} is not divisible by {spelled} = {parts}; "
+                f"nearest: {nearest}"
+            )
+    return data, fsdp, tensor
+
+
+def _check_range(
+    flat: dict[str, Any], keys: tuple[str, ...], accepts: Callable[[Any], bool], spelled: str
+) -> None:
+    for key in keys:
+        if flat[key] is not None and not accepts(flat[key]):
+            raise ConfigError(f"config.{key} must be {spelled}, got {flat[key]}")
+
+
+def _check_model(model: ModelConfig) -> None:
+    for tower in ("image", "text"):
+        width, heads = getattr(model, tower).width, getattr(model, tower).num_heads
+        if width % heads:
+            raise ConfigError(
+                f"config.model.{tower}.width {width} is not divisible by num_heads {heads}"
+            )
+    if model.logit_scale_init > model.logit_scale_max:
+        raise ConfigError(
+            f"config.model.logit_scale_init {model.logit_scale_init} is above logit_scale_max "
+            f"{model.logit_scale_max}; it is the multiplier, not the temperature or its logarithm"
+        )
+    if model.text.context_length < 3:
+        raise ConfigError(
+            f"config.model.text.context_length {model.text.context_length} has no room for a word "
+            "between the begin and end of text; use 3 or more"
+        )
+    if not 0 <= model.text.eot_id < model.text.vocab_size:
+        raise ConfigError(
+            f"config.model.text.eot_id {model.text.eot_id} is outside the vocabulary of "
+            f"{model.text.vocab_size} tokens"
+        )
+    _check_image(model.image)
+
+
+def _check_image(image: ImageTowerConfig) -> None:
+    if image.image_size % image.patch_size:
+        below = image.image_size // image.patch_size * image.patch_size
+        nearest = f"{below} or {below + image.patch_size}" if below else f"{image.patch_size}"
+        raise ConfigError(
+            f"config.model.image.image_size {image.image_size} is not divisible by patch_size "
+            f"{image.patch_size}; nearest: {nearest}"
+        )
+    if image.stem == "conv" and (image.patch_size & (image.patch_size - 1) or image.patch_size < 2):
+        raise ConfigError(
+            f"config.model.image.patch_size {image.patch_size} must be a power of two with the "
+            "conv stem, which halves the image once per convolution"
+        )
+    if any(s <= 0 for s in image.std):
+        raise ConfigError(f"config.model.image.std must be positive, got {image.std}")
+
+
+def _check_data(config: ExperimentConfig) -> None:
+    if not config.data.sources:
+        raise ConfigError("config.data.sources is empty; add at least one source of pairs")
+    for name, source in config.data.sources.items():
+        if not source.path:
+            raise ConfigError(f"config.data.sources.{name}.path is empty")
+        if source.weight <= 0:
+            raise ConfigError(
+                f"config.data.sources.{name}.weight must be positive, got {source.weight}"
+            )
+    if config.data.tokenizer.kind == "file" and not config.data.tokenizer.path:
+        raise ConfigError("config.data.tokenizer.path is empty; name a tokenizer.json")
+    low, high = config.data.augment.crop_scale
+    if not 0 < low <= high:
+        raise ConfigError(
+            f"config.data.augment.crop_scale must be 0 < low <= high, got {(low, high)}"
+        )
+    low, high = config.data.augment.crop_ratio
+    if not 0 < low <= high:
+        raise ConfigError(
+            f"config.data.augment.crop_ratio must be 0 < low <= high, got {(low, high)}"
+        )
+    for name, value in flatten(config.data.augment).items():
+        if isinstance(value, float) and value < 0:
+            raise ConfigError(f"config.data.augment.{name} must be 0 or more, got {value}")
+    for name, eval_set in config.evaluation.sets.items():
+        if not eval_set.path:
+            raise ConfigError(f"config.evaluation.sets.{name}.path is empty")
+        if not eval_set.templates or any("{}" not in t for t in eval_set.templates):
+            raise ConfigError(
+                f"config.evaluation.sets.{name}.templates must be prompts that contain {{}}, "
+                f"got {eval_set.templates}"
+            )
+
+
+def _check_steps(config: ExperimentConfig) -> None:
+    if config.schedule.warmup_steps > config.num_steps:
+        raise ConfigError(
+            f"config.schedule.warmup_steps {config.schedule.warmup_steps} is more than num_steps "
+            f"{config.num_steps}"
+        )
+    if config.global_batch_size % config.microbatches:
+        raise ConfigError(
+            f"config.global_batch_size {config.global_batch_size} is not divisible by microbatches "
+            f"{config.microbatches}"
+        )

@@ -1,0 +1,26 @@
+"""Mesh, multi-host start-up, and the table of sharding rules."""
+
+from clip_jax.parallel.mesh import BATCH_AXES, MESH_AXES, make_mesh, start_processes
+from clip_jax.parallel.sharding import (
+    RULES,
+    batch_sharding,
+    matching_rules,
+    partition_spec,
+    replicated,
+    state_shardings,
+    to_global_batch,
+)
+
+__all__ = [
+    "BATCH_AXES",
+    "MESH_AXES",
+    "RULES",
+    "batch_sharding",
+    "make_mesh",
+    "matching_rules",
+    "partition_spec",
+    "replicated",
+    "start_processes",
+    "state_shardings",
+    "to_global_batch",
+]

@@ -1,0 +1,46 @@
+"""All that a step changes, and how it comes to lie on the mesh."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from clip_jax.parallel import state_shardings
+from clip_jax.tasks import Task
+
+Array = jax.Array
+
+
+class TrainState(NamedTuple):
+    step: Array  # int32, updates done so far
+    params: dict[str, Any]
+    model_state: dict[str, Any]
+    opt_state: Any
+
+
+def abstract_state(
+    task: Task, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state; nothing is allocated."""
+    shapes = jax.eval_shape(lambda rng: _new_state(task, optimizer, rng), jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        state_shardings(shapes, mesh),
+    )
+
+
+def init_state(
+    task: Task, optimizer: optax.GradientTransformation, abstract: TrainState, seed: int
+) -> TrainState:
+    """A fresh state, made where it lies: no device ever holds all of it."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    init = jax.jit(lambda rng: _new_state(task, optimizer, rng), out_shardings=shardings)
+    return init(jax.random.key(seed))
+
+
+def _new_state(task: Task, optimizer: optax.GradientTransformation, rng: Array) -> TrainState:
+    params, model_state = task.init(rng)
+    return TrainState(jnp.int32(0), params, model_state, optimizer.init(params))
