@@ -1,5 +1,18 @@
-"""Save, restore and list checkpoints."""
+"""A run on disk: its workdir and its checkpoints."""
 
-from clip_jax.checkpoint.store import CheckpointStore
+from clip_jax.checkpoint.store import SKIP, CheckpointStore
+from clip_jax.checkpoint.workdir import (
+    Workdir,
+    drop_metrics_after,
+    read_metrics,
+    write_atomically,
+)
 
-__all__ = ["CheckpointStore"]
+__all__ = [
+    "SKIP",
+    "CheckpointStore",
+    "Workdir",
+    "drop_metrics_after",
+    "read_metrics",
+    "write_atomically",
+]

@@ -10,6 +10,8 @@ from clip_jax.config import CheckpointConfig, UserError
 
 logger = logging.getLogger(__name__)
 
+SKIP = ocp.PLACEHOLDER
+
 
 class CheckpointStore:
     """The checkpoints of one run, numbered by step.
@@ -44,15 +46,13 @@ class CheckpointStore:
         """Saves unless this step is saved already; in the background if so configured."""
         if self.latest_step() == step:
             return
-        arguments = {"step": step, "checkpointables": {"state": state}}
-        if self._config is not None and self._config.asynchronous:
-            self._checkpointer.save_checkpointables_async(
-                **arguments, custom_metadata=metadata, force=True
-            )
-        else:
-            self._checkpointer.save_checkpointables(
-                **arguments, custom_metadata=metadata, force=True
-            )
+        save = (
+            self._checkpointer.save_checkpointables_async
+            if self._config is not None and self._config.asynchronous
+            else self._checkpointer.save_checkpointables
+        )
+        # force: whether to save was decided by the caller.
+        save(step, {"state": state}, custom_metadata=metadata, force=True)
 
     def metadata(self, step: int | None = None) -> dict[str, Any]:
         """What was saved beside the arrays of `step` (default: the latest)."""
@@ -62,7 +62,8 @@ class CheckpointStore:
     def restore(self, abstract: Any, step: int | None = None) -> Any:
         """The arrays of `step` (default: the latest) in the shapes and shardings of `abstract`.
 
-        Raises UserError where there is no such checkpoint or it does not fit.
+        Leaves of `abstract` that are `SKIP` are not read and come back as they are. Raises
+        UserError where there is no such checkpoint or it does not fit.
         """
         step = self._existing(step)
         path = self._directory / str(step)
@@ -89,5 +90,3 @@ class CheckpointStore:
 
     def close(self) -> None:
         self._checkpointer.close()
-
-

@@ -95,7 +95,7 @@ def _build(cls: Any, values: Any, path: str) -> Any:
 
 def unknown_key(path: str, known: list[str]) -> str:
     """The message for a config key that does not exist, with the nearest one that does."""
-    nearest = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(path, known, n=1, cutoff=0.75)
     if not nearest:
         # The right name in the wrong group is the commonest slip after misspelling.
         every = list(flatten(ExperimentConfig()))

@@ -65,7 +65,8 @@ PRESETS |= {
 def preset(name: str) -> ModelConfig:
     """The named architecture. Raises ConfigError with the nearest name."""
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.3)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        spelled = {known.lower(): known for known in PRESETS}
+        near = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.3)
+        hint = f"; did you mean {spelled[near[0]]}?" if near else ""
         raise ConfigError(f"unknown model {name!r}{hint} (known: {', '.join(PRESETS)})")
     return PRESETS[name]

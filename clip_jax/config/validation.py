@@ -107,8 +107,7 @@ def check_devices(config: ExperimentConfig, num_devices: int) -> tuple[int, int,
             below, above = batch // parts * parts, -(-batch // parts) * parts
             nearest = f"{below} or {above}" if below else f"{above}"
             raise ConfigError(
-                f"config.{name} {batch} is not divisible by {spelled} = {parts}; "
-                f"nearest: {nearest}"
+                f"config.{name} {batch} is not divisible by {spelled} = {parts}; nearest: {nearest}"
             )
     return data, fsdp, tensor
 

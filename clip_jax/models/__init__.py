@@ -6,4 +6,11 @@ from clip_jax.models.layers import Execution
 from clip_jax.models.text import TextTransformer
 from clip_jax.models.vit import VisionTransformer
 
-__all__ = ["CLIP", "Execution", "TextTransformer", "VisionTransformer", "forward_flops", "unit_length"]
+__all__ = [
+    "CLIP",
+    "Execution",
+    "TextTransformer",
+    "VisionTransformer",
+    "forward_flops",
+    "unit_length",
+]

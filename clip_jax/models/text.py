@@ -30,9 +30,7 @@ class TextTransformer(nnx.Module):
         dtype = self.execution.dtype
         x_BTD = self.token_embedding[...].astype(dtype)[tokens_BT]
         x_BTD = x_BTD + self.position_embedding[: tokens_BT.shape[1]].astype(dtype)
-        x_BTD = run_blocks(
-            self.blocks, x_BTD, depth=self.config.depth, execution=self.execution
-        )
+        x_BTD = run_blocks(self.blocks, x_BTD, depth=self.config.depth, execution=self.execution)
         x_BTD = self.final_norm(x_BTD)
         # The first end of text: padding may repeat it. Attention is causal, so what follows the
         # end of text cannot reach the embedding.

@@ -20,7 +20,7 @@ from clip_jax.models.layers import (
 
 
 def normalize_image(image_BHWC: Array, config: ImageTowerConfig) -> Array:
-    """uint8 pixels to float32 of zero mean and unit deviation; floats pass as already normalised."""
+    """uint8 pixels to float32 of zero mean, unit deviation; floats pass as already normalised."""
     if image_BHWC.dtype != jnp.uint8:
         return image_BHWC
     mean_C, std_C = jnp.asarray(config.mean), jnp.asarray(config.std)
@@ -167,9 +167,7 @@ class VisionTransformer(nnx.Module):
         x_BTD = x_BTD + self.position_embedding[...].astype(dtype)
         if self.config.pre_norm:
             x_BTD = self.pre_norm(x_BTD)
-        x_BTD = run_blocks(
-            self.blocks, x_BTD, depth=self.config.depth, execution=self.execution
-        )
+        x_BTD = run_blocks(self.blocks, x_BTD, depth=self.config.depth, execution=self.execution)
         x_BTD = self.final_norm(x_BTD)
         return self._pool(x_BTD).astype(jnp.float32), x_BTD
 

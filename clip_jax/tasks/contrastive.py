@@ -47,7 +47,13 @@ class ContrastiveTask:
         return nnx.to_pure_dict(nnx.state(self._new_model(rng))), {}
 
     def loss(
-        self, params: Tree, model_state: Tree, batch: Mapping[str, Array], *, rng: Array, step: Array
+        self,
+        params: Tree,
+        model_state: Tree,
+        batch: Mapping[str, Array],
+        *,
+        rng: Array,
+        step: Array,
     ) -> tuple[Array, tuple[Tree, dict[str, Array]]]:
         del rng, step  # the towers draw no random numbers
         model = self.model(params)
@@ -104,7 +110,9 @@ class ContrastiveTask:
             "tokens": jax.ShapeDtypeStruct((batch, model.text.context_length), jnp.int32),
         }
 
-    def embed(self, params: Tree, model_state: Tree, batch: Mapping[str, Array]) -> dict[str, Array]:
+    def embed(
+        self, params: Tree, model_state: Tree, batch: Mapping[str, Array]
+    ) -> dict[str, Array]:
         model = self.model(params)
         embeddings = {}
         if "image" in batch:

@@ -21,7 +21,13 @@ class Task(Protocol):
         ...
 
     def loss(
-        self, params: Tree, model_state: Tree, batch: Mapping[str, Array], *, rng: Array, step: Array
+        self,
+        params: Tree,
+        model_state: Tree,
+        batch: Mapping[str, Array],
+        *,
+        rng: Array,
+        step: Array,
     ) -> tuple[Array, tuple[Tree, dict[str, Array]]]:
         """(loss, (model_state, metrics)): scalars over the global batch."""
         ...
@@ -38,7 +44,9 @@ class Task(Protocol):
         """Names, global shapes and dtypes of a batch."""
         ...
 
-    def embed(self, params: Tree, model_state: Tree, batch: Mapping[str, Array]) -> dict[str, Array]:
+    def embed(
+        self, params: Tree, model_state: Tree, batch: Mapping[str, Array]
+    ) -> dict[str, Array]:
         """Unit-length embeddings [B, E] of what `batch` holds: 'image', 'text' or both."""
         ...
 

@@ -40,7 +40,7 @@ def decay_mask(params: Any) -> Any:
 
 
 def make_optimizer(config: ExperimentConfig) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW with decoupled weight decay (Loshchilov & Hutter 2019)."""
+    """Clipping by global norm, then AdamW (Loshchilov & Hutter 2019)."""
     optimizer = config.optimizer
     clip = (
         optax.clip_by_global_norm(optimizer.clip_global_norm)

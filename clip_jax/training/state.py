@@ -20,9 +20,7 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def abstract_state(
-    task: Task, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
+def abstract_state(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state; nothing is allocated."""
     shapes = jax.eval_shape(lambda rng: _new_state(task, optimizer, rng), jax.random.key(0))
     return jax.tree.map(
@@ -44,3 +42,7 @@ def init_state(
 def _new_state(task: Task, optimizer: optax.GradientTransformation, rng: Array) -> TrainState:
     params, model_state = task.init(rng)
     return TrainState(jnp.int32(0), params, model_state, optimizer.init(params))
+
+
+def count_parameters(params: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -40,7 +40,7 @@ def make_train_step(
         params = task.constrain(optax.apply_updates(state.params, updates))
         metrics = metrics | {
             "loss": loss,
-            "gradient_norm": optax.global_norm(gradients),
+            "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": schedule(state.step),
         }
         return TrainState(state.step + 1, params, model_state, opt_state), metrics

@@ -1,0 +1,47 @@
+# `make quickstart` and `make test` do all their own set-up: only Python and make are needed.
+# Another interpreter: make test PYTHON=python3.12 (each version keeps its own environment).
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+DEFAULT_VERSION := $(shell python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+VENV := $(if $(filter $(DEFAULT_VERSION),$(VERSION)),.venv,.venv-$(VERSION))
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test environment test-environment lint types imports unit format clean
+
+quickstart: $(VENV)/.quickstart
+	$(BIN)/clip-jax train --config=configs/quickstart.py --workdir=runs/quickstart
+
+test: lint types imports unit
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/mypy
+
+imports: $(VENV)/.test
+	$(BIN)/lint-imports
+
+unit: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# A stamp is made last, so an installation that was cut short runs again.
+$(VENV)/bin/python:
+	@test -n "$(VERSION)" || { echo "no Python at '$(PYTHON)': make ... PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.quickstart: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[quickstart]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,verify]'
+	@touch $@ $(VENV)/.quickstart
+
+clean:
+	rm -rf .venv .venv-* build dist *.egg-info

@@ -1,0 +1,130 @@
+"""`clip-jax COMMAND`: flags in, one call out. Heavy imports wait until the command is known."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from clip_jax.config.errors import UserError
+
+_CONFIG_HELP = "recipe with get_config(), or the config.json of a workdir"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command. Returns 0, 2 for what the user can mend, or 130 when interrupted."""
+    parser = _parser()
+    arguments, overrides = parser.parse_known_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 2
+    try:
+        stray = [o for o in overrides if not o.startswith("--config.")]
+        if stray:
+            raise UserError(
+                f"unknown argument {stray[0]!r}; see clip-jax {arguments.command} --help"
+            )
+        command: Callable[[argparse.Namespace, list[str]], int] = arguments.run
+        return command(arguments, overrides)
+    except UserError as error:
+        print(f"clip-jax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("clip-jax: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="clip-jax", description="Contrastive image-text pretraining."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def add(name: str, run: Callable[..., int], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.set_defaults(run=run)
+        return command
+
+    train = add("train", _train, "Train a recipe; an existing workdir is resumed.")
+    train.add_argument("--config", required=True, help=_CONFIG_HELP)
+    train.add_argument("--workdir", required=True, help="folder of the run")
+    train.add_argument(
+        "--allow_config_change",
+        action="store_true",
+        help="resume although fields that change the result differ",
+    )
+    train.add_argument("--coordinator", help="host:port of process 0, to run several processes")
+    train.add_argument("--num_processes", type=int, help="with --coordinator: how many")
+    train.add_argument("--process_id", type=int, help="with --coordinator: which one this is")
+    train.epilog = "Any field: --config.optimizer.learning_rate=1e-3"
+
+    evaluate = add("eval", _eval, "Score a run's checkpoint and write its report.")
+    evaluate.add_argument("--workdir", required=True, help="folder of the run")
+    evaluate.add_argument("--step", type=int, help="which checkpoint (default: the latest)")
+
+    show = add("config", _config, "Print the resolved config of a recipe as JSON.")
+    show.add_argument("--config", required=True, help=_CONFIG_HELP)
+    return parser
+
+
+def _config(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from clip_jax.config import to_json
+    from clip_jax.config.load import load_config
+
+    print(to_json(load_config([f"--config={arguments.config}", *overrides])), end="")
+    return 0
+
+
+def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from clip_jax.config.load import load_config
+
+    config = load_config([f"--config={arguments.config}", *overrides])
+    from clip_jax.checkpoint import Workdir
+    from clip_jax.parallel import start_processes
+    from clip_jax.training.loop import train
+
+    _use_compilation_cache(config.data.cache_dir)
+    start_processes(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    workdir = Workdir(arguments.workdir)
+    outcome = train(config, workdir, allow_config_change=arguments.allow_config_change)
+    if not outcome.finished:
+        return 130
+    _print_scores(outcome.scores)
+    if workdir.report.exists():
+        print(f"report: {workdir.report}")
+    return 0
+
+
+def _eval(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from clip_jax.checkpoint import Workdir
+    from clip_jax.config.load import load_config
+
+    workdir = Workdir(arguments.workdir)
+    workdir.load_config()
+    config = load_config([f"--config={workdir.config}", *overrides])
+    from clip_jax.training.evaluate_run import evaluate_run
+
+    _use_compilation_cache(config.data.cache_dir)
+    _print_scores(evaluate_run(config, workdir, step=arguments.step))
+    print(f"report: {workdir.report}")
+    return 0
+
+
+def _use_compilation_cache(cache_dir: str | None) -> None:
+    """A second start of the same program compiles nothing. $JAX_COMPILATION_CACHE_DIR wins."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        root = cache_dir or os.environ.get("CLIP_JAX_CACHE") or "~/.cache/clip_jax"
+        jax.config.update("jax_compilation_cache_dir", str(Path(root).expanduser() / "xla"))
+
+
+def _print_scores(scores: dict[str, float]) -> None:
+    for name, value in scores.items():
+        chance = scores.get(f"{name}/chance")
+        if chance is not None:
+            print(f"{name:55} {value:7.2%}   chance {chance:.2%}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

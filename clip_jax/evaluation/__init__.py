@@ -1,0 +1,1 @@
+"""Embedding jobs, retrieval, zero-shot classification, and the report of a run."""

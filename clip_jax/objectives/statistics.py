@@ -1,0 +1,354 @@
+"""What the loss must know of each image row, and of each text column, over the global batch.
+
+Summed up tile by tile (`summarize`), joined in any order (`merge`), and turned into the row's
+loss and into the coefficients of its gradient once every column has been seen (`finish`).
+
+Shape suffixes: b rows of one device, I image rows of a tile, J text rows of a tile. A "row" is an
+image's row of logits or a text's column: both are treated alike.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from clip_jax.objectives.terms import Array, Terms, TileLogits
+
+# Largest logit of a row that has none. Finite, so that the difference of two of them is 0.
+_NO_LOGIT = -1e30
+
+
+class Sums(NamedTuple):
+    """Over the negatives of each row, or over its further positives. l is the logit.
+
+    softmax: `total` sums e = exp(p (l - largest)), p = 1 + beta for negatives and 1 for positives.
+    sigmoid: `total` sums h softplus(l), h = exp(beta (l - largest)) (positives: softplus(-l)).
+    `slope` is the sum whose logit gradients, times the scale, make the gradient of the scale.
+    """
+
+    largest: Array
+    total: Array
+    slope: Array
+    hardness: Array | None = None  # sum of exp(beta (l - largest))
+    cosine_sum: Array | None = None  # of the logits without the bias
+    count: Array | None = None  # float32: exact to 16 million
+
+
+class Statistics(NamedTuple):
+    negatives: Sums
+    further: Sums | None = None
+
+
+class Coefficients(NamedTuple):
+    """What turns a logit into its gradient, of each row; the pair's weight is inside."""
+
+    weight: Array | None = None  # sigmoid without beta; None: 1
+    negative_shift: Array | None = None  # what the exponent of a negative is less
+    positive_shift: Array | None = None  # likewise of a further positive
+    pull: Array | None = None  # share of each positive in the target
+    uniform: Array | None = None  # share of every candidate in the target: label smoothing
+
+
+class Outcome(NamedTuple):
+    """A row's part of the loss. All [b]; loss, slope and diagonal carry the pair's weight."""
+
+    loss: Array
+    slope: Array  # d loss / d log(logit_scale)
+    diagonal: Array  # d loss / d logit of the row's own pair
+    right: Array  # bool: its best positive is above every negative
+    coefficients: Coefficients
+
+
+def _needs_count(terms: Terms, is_column: bool) -> bool:
+    # Duplicates are mutual, so a row's counts are also its column's: they need not travel.
+    return terms.has_ids and not is_column
+
+
+def _needs_cosines(terms: Terms, is_column: bool) -> bool:
+    # One side's are enough for the mean similarities.
+    return bool(terms.label_smoothing) or not is_column
+
+
+def nothing(terms: Terms, num_rows: int, *, is_column: bool) -> Statistics:
+    """Statistics before the first tile."""
+
+    def zeros() -> Array:
+        return jnp.zeros(num_rows, jnp.float32)
+
+    def none() -> Array:
+        return jnp.full(num_rows, _NO_LOGIT, jnp.float32)
+
+    count = _needs_count(terms, is_column)
+    negatives = Sums(
+        none(),
+        zeros(),
+        zeros(),
+        hardness=zeros() if terms.beta else None,
+        cosine_sum=zeros() if _needs_cosines(terms, is_column) else None,
+        count=zeros() if count else None,
+    )
+    further = None
+    if terms.further_positives:
+        further = Sums(
+            none(), zeros(), zeros(), cosine_sum=zeros(), count=zeros() if count else None
+        )
+    return Statistics(negatives, further)
+
+
+def summarize(terms: Terms, tile: TileLogits, *, is_column: bool) -> Statistics:
+    """The statistics of one tile's rows or columns."""
+    axis = 0 if is_column else 1
+    counts = _needs_count(terms, is_column)
+
+    def reduce(values_IJ: Array, mask_IJ: Array | None = None) -> Array:
+        if mask_IJ is not None:
+            values_IJ = jnp.where(mask_IJ, values_IJ, 0)
+        return values_IJ.sum(axis)
+
+    def largest(logits_IJ: Array) -> tuple[Array, Array]:
+        top = jnp.maximum(logits_IJ.max(axis), _NO_LOGIT)
+        return top, logits_IJ - jnp.expand_dims(top, axis)
+
+    def count(mask_IJ: Array) -> Array:
+        return mask_IJ.sum(axis, dtype=jnp.float32)
+
+    cosine_IJ = tile.scaled_cosine
+    top, below_IJ = largest(tile.negative)
+    if terms.kind == "softmax":
+        term_IJ = jnp.exp((1 + terms.beta) * below_IJ)
+        slope_IJ = term_IJ * cosine_IJ
+    else:
+        hardness_IJ = jnp.exp(terms.beta * below_IJ) if terms.beta else 1.0
+        term_IJ = hardness_IJ * jax.nn.softplus(tile.negative)
+        slope_IJ = hardness_IJ * jax.nn.sigmoid(tile.negative) * cosine_IJ
+    negatives = Sums(
+        top,
+        reduce(term_IJ),
+        reduce(slope_IJ),
+        reduce(jnp.exp(terms.beta * below_IJ)) if terms.beta else None,
+        reduce(cosine_IJ, tile.is_negative) if _needs_cosines(terms, is_column) else None,
+        count(tile.is_negative) if counts and tile.is_negative is not None else None,
+    )
+    if tile.further is None or tile.is_further is None:
+        return Statistics(negatives)
+    top, below_IJ = largest(tile.further)
+    if terms.kind == "softmax":
+        term_IJ = jnp.exp(below_IJ)
+        slope_IJ = term_IJ * cosine_IJ
+    else:
+        term_IJ = jnp.where(tile.is_further, jax.nn.softplus(-tile.further), 0)
+        slope_IJ = jnp.where(tile.is_further, jax.nn.sigmoid(-tile.further) * cosine_IJ, 0)
+    further = Sums(
+        top,
+        reduce(term_IJ),
+        reduce(slope_IJ),
+        None,
+        reduce(cosine_IJ, tile.is_further),
+        count(tile.is_further) if counts else None,
+    )
+    return Statistics(negatives, further)
+
+
+def merge(terms: Terms, first: Statistics, second: Statistics) -> Statistics:
+    """The statistics of the columns of both."""
+    softmax = terms.kind == "softmax"
+    negatives = _merge(
+        first.negatives, second.negatives, 1 + terms.beta if softmax else terms.beta, terms.beta
+    )
+    if first.further is None or second.further is None:
+        return Statistics(negatives)
+    return Statistics(negatives, _merge(first.further, second.further, float(softmax), 0.0))
+
+
+def _merge(first: Sums, second: Sums, power: float, beta: float) -> Sums:
+    top = jnp.maximum(first.largest, second.largest)
+
+    def add(a: Array | None, b: Array | None, power: float = 0.0) -> Array | None:
+        if a is None or b is None:
+            return None
+        if not power:
+            return a + b
+        rescaled_a = a * jnp.exp(power * (first.largest - top))
+        return rescaled_a + b * jnp.exp(power * (second.largest - top))
+
+    total, slope = add(first.total, second.total, power), add(first.slope, second.slope, power)
+    assert total is not None
+    assert slope is not None
+    return Sums(
+        top,
+        total,
+        slope,
+        add(first.hardness, second.hardness, beta),
+        add(first.cosine_sum, second.cosine_sum),
+        add(first.count, second.count),
+    )
+
+
+def finish(
+    terms: Terms,
+    statistics: Statistics,
+    own_cosine_b: Array,
+    bias: Array | None,
+    weights_b: Array | None,
+    num_negatives_b: Array,
+    num_further_b: Array | None,
+) -> Outcome:
+    """The rows' losses and coefficients from statistics over the whole global batch.
+
+    own_cosine_b: scaled cosine of each row's own pair, the positive that is always there.
+    """
+    negatives, further = statistics
+    own_b = own_cosine_b if bias is None else own_cosine_b + bias
+    weight_b = jnp.ones_like(own_b) if weights_b is None else weights_b
+    best_b = own_b if further is None else jnp.maximum(own_b, further.largest)
+    right_b = best_b > negatives.largest
+    num_positives_b = jnp.ones_like(own_b) if num_further_b is None else 1 + num_further_b
+    # log of the factor that makes the hardness weights of a row average one over its negatives
+    log_factor_b = jnp.zeros_like(own_b)
+    if negatives.hardness is not None:
+        log_factor_b = _where_any(
+            negatives.hardness,
+            jnp.log(num_negatives_b) - terms.beta * negatives.largest - jnp.log(negatives.hardness),
+            0.0,
+        )
+    if terms.kind == "softmax":
+        loss_b, slope_b, diagonal_b, coefficients = _finish_softmax(
+            terms, statistics, own_b, weight_b, num_negatives_b, num_positives_b, log_factor_b
+        )
+    else:
+        loss_b, slope_b, diagonal_b, coefficients = _finish_sigmoid(
+            terms, statistics, own_b, own_cosine_b, weight_b, num_positives_b, log_factor_b
+        )
+    return Outcome(
+        weight_b * loss_b, weight_b * slope_b, weight_b * diagonal_b, right_b, coefficients
+    )
+
+
+def _finish_softmax(
+    terms: Terms,
+    statistics: Statistics,
+    own_b: Array,
+    weight_b: Array,
+    num_negatives_b: Array,
+    num_positives_b: Array,
+    log_factor_b: Array,
+) -> tuple[Array, Array, Array, Coefficients]:
+    negatives, further = statistics
+    # log of the sum over all candidates but the own pair
+    log_negatives_b = _log_sum(negatives, 1 + terms.beta) + log_factor_b
+    log_others_b = log_negatives_b
+    further_cosine_b = jnp.zeros_like(own_b)
+    if further is not None:
+        log_others_b = jnp.logaddexp(log_negatives_b, _log_sum(further, 1.0))
+        assert further.cosine_sum is not None
+        further_cosine_b = further.cosine_sum
+    # -log p(own) = softplus(gap) keeps the digits that log-sum-exp less the own logit loses.
+    gap_b = log_others_b - own_b
+    surprise_b = jax.nn.softplus(gap_b)
+    log_norm_b = own_b + surprise_b
+    uniform_b = terms.label_smoothing / (num_positives_b + num_negatives_b)
+    pull_b = (1 - terms.label_smoothing) / num_positives_b
+    loss_b = surprise_b
+    diagonal_b = -jax.nn.sigmoid(gap_b)
+    slope_b = jnp.exp(log_negatives_b - log_norm_b) * _mean(negatives)
+    if further is not None:
+        slope_b += jnp.exp(_log_sum(further, 1.0) - log_norm_b) * _mean(further)
+    if further is not None or terms.label_smoothing:
+        candidates_b = further_cosine_b
+        if negatives.cosine_sum is not None:
+            candidates_b = further_cosine_b + negatives.cosine_sum
+        rest_b = 1 - pull_b - uniform_b  # of the target, for the others than the own pair
+        others_b = pull_b * further_cosine_b + uniform_b * candidates_b
+        loss_b += rest_b * own_b - others_b
+        diagonal_b += rest_b
+        slope_b -= others_b
+    slope_b += diagonal_b * own_b
+    log_weight_b = jnp.log(weight_b)  # -inf for padding: its gradients become exp(-inf)
+    coefficients = Coefficients(
+        negative_shift=log_norm_b - log_factor_b - log_weight_b,
+        positive_shift=None if further is None else log_norm_b - log_weight_b,
+        pull=None if further is None else weight_b * pull_b,
+        uniform=weight_b * uniform_b if terms.label_smoothing else None,
+    )
+    return loss_b, slope_b, diagonal_b, coefficients
+
+
+def _finish_sigmoid(
+    terms: Terms,
+    statistics: Statistics,
+    own_b: Array,
+    own_cosine_b: Array,
+    weight_b: Array,
+    num_positives_b: Array,
+    log_factor_b: Array,
+) -> tuple[Array, Array, Array, Coefficients]:
+    negatives, further = statistics
+    total_b, slope_b = negatives.total, negatives.slope
+    if negatives.hardness is not None:
+        # exp(log_factor + beta largest), written so that neither overflows
+        factor_b = jnp.exp(log_factor_b + terms.beta * jnp.where(
+            negatives.hardness == 0, 0.0, negatives.largest))  # fmt: skip
+        total_b, slope_b = total_b * factor_b, slope_b * factor_b
+    pull_b = 1 / num_positives_b
+    positive_loss_b = jax.nn.softplus(-own_b)
+    diagonal_b = -pull_b * jax.nn.sigmoid(-own_b)
+    slope_b += diagonal_b * own_cosine_b
+    if further is not None:
+        positive_loss_b += further.total
+        slope_b -= pull_b * further.slope
+    shift_b = None if negatives.hardness is None else -log_factor_b - jnp.log(weight_b)
+    coefficients = Coefficients(
+        weight=weight_b if shift_b is None else None,
+        negative_shift=shift_b,
+        pull=None if further is None else weight_b * pull_b,
+    )
+    return total_b + pull_b * positive_loss_b, slope_b, diagonal_b, coefficients
+
+
+def tile_gradient(
+    terms: Terms, tile: TileLogits, rows: Coefficients, columns: Coefficients
+) -> Array:
+    """d loss / d logit of the tile's pairs [I, J]; 0 where a pair takes no part."""
+    sides = (
+        jax.tree.map(lambda c: c[:, None], rows),
+        jax.tree.map(lambda c: c[None, :], columns),
+    )
+    if terms.kind == "softmax":
+        gradient_IJ = sum(
+            jnp.exp((1 + terms.beta) * tile.negative - side.negative_shift) for side in sides
+        )
+    elif terms.beta:
+        hardness_IJ = sum(jnp.exp(terms.beta * tile.negative - s.negative_shift) for s in sides)
+        gradient_IJ = hardness_IJ * jax.nn.sigmoid(tile.negative)
+    else:
+        weight_IJ = sides[0].weight + sides[1].weight
+        gradient_IJ = weight_IJ * jax.nn.sigmoid(tile.negative)
+    if terms.label_smoothing:
+        uniform_IJ = sides[0].uniform + sides[1].uniform
+        if tile.is_negative is not None:
+            uniform_IJ = jnp.where(tile.is_negative, uniform_IJ, 0)
+        gradient_IJ -= uniform_IJ
+    if tile.further is None:
+        return gradient_IJ
+    further_IJ = -(sides[0].pull + sides[1].pull)
+    if terms.kind == "softmax":
+        further_IJ += sum(jnp.exp(tile.further - side.positive_shift) for side in sides)
+        if terms.label_smoothing:
+            further_IJ -= sides[0].uniform + sides[1].uniform
+    else:
+        further_IJ *= jax.nn.sigmoid(-tile.further)
+    return gradient_IJ + jnp.where(tile.is_further, further_IJ, 0)
+
+
+def _log_sum(sums: Sums, power: float) -> Array:
+    """log of the sum of exp(power l); -inf of none."""
+    return _where_any(sums.total, power * sums.largest + jnp.log(sums.total), -jnp.inf)
+
+
+def _mean(sums: Sums) -> Array:
+    return sums.slope / jnp.where(sums.total == 0, 1.0, sums.total)
+
+
+def _where_any(total_b: Array, value_b: Array, otherwise: float) -> Array:
+    # `== 0`, not `> 0`: a NaN total must go on as NaN, for the step's finite guard to see.
+    return jnp.where(total_b == 0, otherwise, value_b)

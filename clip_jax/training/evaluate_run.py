@@ -1,0 +1,41 @@
+"""Scoring a run that is on disk."""
+
+import jax
+
+from clip_jax.checkpoint import SKIP, CheckpointStore, Workdir
+from clip_jax.config import ExperimentConfig, UserError
+from clip_jax.data.sources import cache_dir
+from clip_jax.data.tokenizers import Tokenizer
+from clip_jax.evaluation.evaluate import Evaluator, metrics_line
+from clip_jax.evaluation.run_report import write_run_report
+from clip_jax.parallel import make_mesh
+from clip_jax.tasks import ContrastiveTask
+from clip_jax.training.optimizer import make_optimizer
+from clip_jax.training.state import abstract_state, count_parameters
+
+
+def evaluate_run(
+    config: ExperimentConfig, workdir: Workdir, *, step: int | None = None
+) -> dict[str, float]:
+    """Scores the checkpoint of `step` (default: the latest) and writes the report.
+
+    Returns the scores as in metrics.jsonl. Raises UserError where there is no such checkpoint or
+    no evaluation set. The optimizer's state is not read.
+    """
+    if not config.evaluation.sets:
+        raise UserError("config.evaluation.sets is empty; add a set to score")
+    mesh = make_mesh(config)
+    task = ContrastiveTask(config, mesh)
+    tokenizer = Tokenizer.load(workdir.tokenizer)
+    evaluator = Evaluator(task, tokenizer, config, mesh, cache_dir(config.data))
+    store = CheckpointStore(workdir.checkpoints)
+    try:
+        abstract = abstract_state(task, make_optimizer(config), mesh)
+        skipped = jax.tree.map(lambda _: SKIP, abstract.opt_state)
+        state = store.restore(abstract._replace(opt_state=skipped), step)
+    finally:
+        store.close()
+    results = evaluator(state.params, state.model_state)
+    if jax.process_index() == 0:
+        write_run_report(workdir, config, results, num_parameters=count_parameters(abstract.params))
+    return metrics_line(results)

@@ -1,0 +1,274 @@
+"""A training run from config to report. Reads from top to bottom."""
+
+import dataclasses
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from clip_jax.checkpoint import CheckpointStore, Workdir, drop_metrics_after, read_metrics
+from clip_jax.config import ExperimentConfig, to_dict
+from clip_jax.data.pipeline import training_batches
+from clip_jax.data.sources import cache_dir, open_source
+from clip_jax.evaluation.evaluate import Evaluator, metrics_line
+from clip_jax.evaluation.run_report import write_run_report
+from clip_jax.parallel import make_mesh, to_global_batch
+from clip_jax.tasks import ContrastiveTask
+from clip_jax.training.optimizer import make_optimizer, make_schedule
+from clip_jax.training.resume import check_workdir
+from clip_jax.training.state import abstract_state, count_parameters, init_state
+from clip_jax.training.step import make_train_step
+from clip_jax.training.telemetry import MetricsWriter, ProgressLine
+from clip_jax.training.vocabulary import prepare_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended."""
+
+    step: int
+    finished: bool  # False: interrupted, and saved
+    scores: dict[str, float]  # of the last evaluation, as in metrics.jsonl
+
+
+def train(
+    config: ExperimentConfig, workdir: Workdir, *, allow_config_change: bool = False
+) -> Outcome:
+    """Trains to `config.num_steps`, from the latest checkpoint in `workdir` where there is one.
+
+    config: validated. Raises UserError for what the user can mend, before anything is changed.
+    """
+    start = time.perf_counter()
+
+    # ---- Workdir -------------------------------------------------------------------------------
+    changes = check_workdir(workdir, config, allow_config_change=allow_config_change)
+    is_first_process = jax.process_index() == 0
+
+    # ---- Devices -------------------------------------------------------------------------------
+    mesh = make_mesh(config)
+
+    # ---- Data and tokenizer --------------------------------------------------------------------
+    cache = cache_dir(config.data)
+    sources = {name: open_source(source, cache) for name, source in config.data.sources.items()}
+    tokenizer = prepare_tokenizer(config, sources, workdir)
+
+    # ---- Model, optimizer, evaluation ----------------------------------------------------------
+    task = ContrastiveTask(config, mesh)
+    optimizer, schedule = make_optimizer(config), make_schedule(config)
+    abstract = abstract_state(task, optimizer, mesh)
+    evaluator = Evaluator(task, tokenizer, config, mesh, cache)
+
+    # ---- State: the latest checkpoint, or a fresh one ------------------------------------------
+    store = CheckpointStore(workdir.checkpoints, config.checkpoint)
+    first_step = store.latest_step() or 0
+    if first_step:
+        state = store.restore(abstract)
+        first_sample = store.metadata()["samples_seen"]
+    else:
+        state, first_sample = init_state(task, optimizer, abstract, config.seed), 0
+    if is_first_process:
+        drop_metrics_after(workdir.metrics, first_step)
+        workdir.save_config(config)
+        tokenizer.save(workdir.tokenizer)
+
+    # ---- Telemetry -----------------------------------------------------------------------------
+    earlier = read_metrics(workdir.metrics)
+    scores = _scores_at(first_step, earlier)
+    writer = MetricsWriter(workdir, config, first_step=first_step) if is_first_process else None
+    progress = ProgressLine(first_step=first_step, num_steps=config.num_steps)
+    num_parameters = count_parameters(abstract.params)
+    progress.say(
+        f"{config.name}: {num_parameters:,} parameters, {jax.device_count()} devices as "
+        f"{dict(mesh.shape)}, {sum(map(len, sources.values())):,} samples"
+    )
+    for key, (old, new) in changes.items():
+        progress.say(f"config change on resume: {key} {old!r} -> {new!r}")
+    if first_step:
+        progress.say(f"resuming {workdir.path} at step {first_step}")
+
+    def save(step: int) -> None:
+        metadata = {
+            "samples_seen": first_sample + (step - first_step) * config.global_batch_size,
+            "config": to_dict(config),
+            "tokenizer": tokenizer.to_json(),
+        }
+        store.save(step, state, metadata)
+
+    def run_evaluation(step: int) -> dict[str, float]:
+        results = evaluator(state.params, state.model_state)
+        scores = metrics_line(results)
+        if writer is not None:
+            writer.write(step, scores)
+            if config.evaluation.report and step == config.num_steps:
+                write_run_report(workdir, config, results, num_parameters=num_parameters)
+        return scores
+
+    def evaluates(step: int) -> bool:
+        every = config.evaluation.every_steps
+        due = step == config.num_steps or (every and step % every == 0)
+        return bool(config.evaluation.sets and due)
+
+    # ---- Loop ----------------------------------------------------------------------------------
+    try:
+        if first_step and evaluates(first_step) and not scores:
+            scores = run_evaluation(first_step)  # the run ended between saving and evaluating
+        if first_step >= config.num_steps:
+            progress.say(f"{workdir.path} is done: {first_step} steps")
+            return Outcome(first_step, finished=True, scores=scores)
+
+        train_step = make_train_step(task, optimizer, schedule, abstract, mesh, seed=config.seed)
+        batches = training_batches(
+            config.data,
+            sources,
+            tokenizer,
+            image_size=config.model.image.image_size,
+            context_length=config.model.text.context_length,
+            seed=config.seed,
+            global_batch_size=config.global_batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            start_sample=first_sample,
+        )
+        clock = _Clock(start, first_step, earlier=_train_seconds(earlier))
+
+        def log(step: int, metrics: dict[str, jax.Array]) -> None:
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            values |= clock.lap(step)
+            values["samples_seen"] = first_sample + (step - first_step) * config.global_batch_size
+            values["samples_per_second"] = values["steps_per_second"] * config.global_batch_size
+            if writer is not None:
+                writer.write(step, values)
+            remaining = (config.num_steps - step) / values["steps_per_second"]
+            progress.update(step, values | {"eta_seconds": remaining})
+
+        pending: tuple[int, dict[str, jax.Array]] | None = None
+        with batches, _interrupts() as interrupted:
+            for step in range(first_step + 1, config.num_steps + 1):
+                with clock.waiting():
+                    batch = to_global_batch(next(batches), mesh)
+                with jax.transfer_guard("disallow"):
+                    state, metrics = train_step(state, batch)
+                if pending is not None:
+                    log(*pending)  # the step before this one: the device is busy meanwhile
+                    pending = None
+                last = step == config.num_steps
+                stop = _should_stop(interrupted, step)
+                saves = stop or last or step % config.checkpoint.every_steps == 0
+                if step % config.logging.every_steps == 0 or last:
+                    pending = (step, metrics)
+                # ---- Log, save, evaluate: in this order, so that a resume finds all three ------
+                if pending is not None and (saves or evaluates(step)):
+                    log(*pending)
+                    pending = None
+                if saves:
+                    save(step)
+                if stop and not last:
+                    store.wait()
+                    progress.say(_how_to_resume(workdir, step))
+                    return Outcome(step, finished=False, scores=scores)
+                if evaluates(step) and not last:
+                    scores = run_evaluation(step)
+        if evaluates(config.num_steps):
+            scores = run_evaluation(config.num_steps)
+        return Outcome(config.num_steps, finished=True, scores=scores)
+    finally:
+        store.close()  # returns when every save is complete on disk
+        progress.close()
+        if writer is not None:
+            writer.close()
+
+
+class _Clock:
+    """Time since the last log line and the share of it spent waiting for data."""
+
+    def __init__(self, start: float, first_step: int, *, earlier: float) -> None:
+        """start: of this call of `train`; earlier: seconds the run trained before it."""
+        self._run_start = start - earlier
+        self._lap_start = time.perf_counter()
+        self._lap_step = first_step
+        self._waited = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def lap(self, step: int) -> dict[str, float]:
+        """Figures from the last lap to now, when step `step` is known to be done."""
+        now = time.perf_counter()
+        seconds = max(now - self._lap_start, 1e-9)
+        figures = {
+            "steps_per_second": (step - self._lap_step) / seconds,
+            "data_wait": min(self._waited / seconds, 1.0),
+            "train_seconds": now - self._run_start,
+        }
+        self._lap_start, self._lap_step, self._waited = now, step, 0.0
+        return figures
+
+
+def _scores_at(step: int, lines: list[dict[str, Any]]) -> dict[str, float]:
+    """The evaluation line of `step`, {} where there is none."""
+    return next(
+        (
+            {k: v for k, v in line.items() if k != "step"}
+            for line in lines
+            if line["step"] == step and any(k.startswith("eval/") for k in line)
+        ),
+        {},
+    )
+
+
+def _train_seconds(lines: list[dict[str, Any]]) -> float:
+    """Seconds the run has trained for already, from the last training line."""
+    return next((line["train_seconds"] for line in reversed(lines) if "loss" in line), 0.0)
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Sets the event on Ctrl-C or SIGTERM; a second Ctrl-C ends the process at once.
+
+    With several processes Ctrl-C becomes SIGTERM, which JAX's preemption service brings to all of
+    them, so that they stop at the same step.
+    """
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def handle(signum: int, frame: Any) -> None:
+        if event.is_set() and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        event.set()
+        if jax.process_count() > 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    # JAX's own handler must stay in place for SIGTERM where it coordinates processes.
+    signals = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
+    old = {number: signal.signal(number, handle) for number in signals}
+    try:
+        yield event
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _should_stop(interrupted: threading.Event, step: int) -> bool:
+    if jax.process_count() == 1:
+        return interrupted.is_set()
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+def _how_to_resume(workdir: Workdir, step: int) -> str:
+    return (
+        f"stopped at step {step}, saved. To go on: "
+        f"clip-jax train --config={workdir.config} --workdir={workdir.path}"
+    )

@@ -1,0 +1,51 @@
+"""Whether a run may start, or go on, in a workdir. Nothing is written until all checks pass."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from clip_jax.checkpoint import Workdir
+from clip_jax.config import MAY_CHANGE_ON_RESUME, ExperimentConfig, UserError, flatten
+
+
+def check_workdir(
+    workdir: Workdir, config: ExperimentConfig, *, allow_config_change: bool
+) -> dict[str, tuple[Any, Any]]:
+    """The fields in which `config` differs from the run in `workdir`: {key: (saved, new)}.
+
+    Raises UserError where the folder cannot be written, or the run in it is another one.
+    """
+    _check_writable(workdir.path)
+    if not workdir.exists():
+        if workdir.checkpoints.exists():
+            raise UserError(
+                f"{workdir.path} has checkpoints but no config.json; use another --workdir"
+            )
+        return {}
+    saved, new = flatten(workdir.load_config()), flatten(config)
+    changed = {
+        key: (saved.get(key), new.get(key))
+        for key in sorted(saved.keys() | new.keys())
+        if saved.get(key) != new.get(key)
+    }
+    refused = {key: values for key, values in changed.items() if not _may_change(key)}
+    if refused and not allow_config_change:
+        listed = ", ".join(f"{key} {old!r} -> {now!r}" for key, (old, now) in refused.items())
+        raise UserError(
+            f"{workdir.path} holds a run with another config: {listed}; use another --workdir, or "
+            "--allow_config_change to go on with the new values"
+        )
+    return changed
+
+
+def _may_change(key: str) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in MAY_CHANGE_ON_RESUME)
+
+
+def _check_writable(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"workdir {path} cannot be written: {error.strerror}") from None

@@ -1,0 +1,90 @@
+import dataclasses
+
+import pytest
+from small import small_config
+
+from clip_jax.config import (
+    MAY_CHANGE_ON_RESUME,
+    ConfigError,
+    ExperimentConfig,
+    check_devices,
+    flatten,
+    from_config_dict,
+    to_dict,
+    validate,
+)
+
+
+def changed(**overrides) -> ExperimentConfig:
+    """The small config with `model__image__width=3` set deep inside."""
+    values = to_dict(small_config())
+    for path, value in overrides.items():
+        *groups, leaf = path.split("__")
+        group = values
+        for name in groups:
+            group = group[name]
+        group[leaf] = value
+    return from_config_dict(values)
+
+
+def test_the_small_config_is_valid():
+    assert validate(small_config()) == small_config()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"num_steps": 0}, "config.num_steps must be positive, got 0"),
+        ({"optimizer__learning_rate": float("nan")}, "must be finite"),
+        ({"optimizer__b2": 1.5}, "between 0 and 1, got 1.5"),
+        ({"model__image__image_size": 20}, "not divisible by patch_size 8; nearest: 16 or 24"),
+        ({"model__image__width": 33}, "width 33 is not divisible by num_heads 2"),
+        ({"model__image__stem": "conv", "model__image__patch_size": 1}, "power of two"),
+        ({"model__logit_scale_init": 200.0}, "it is the multiplier, not the temperature"),
+        ({"model__text__eot_id": 64}, "outside the vocabulary of 64"),
+        ({"model__text__context_length": 2}, "no room for a word"),
+        ({"schedule__warmup_steps": 11}, "warmup_steps 11 is more than num_steps 10"),
+        ({"microbatches": 5}, "global_batch_size 32 is not divisible by microbatches 5"),
+        ({"mesh": [-1, -1, 1]}, "at most one -1"),
+        ({"mesh": [0, 1, 1]}, "positive sizes"),
+        ({"mesh": [1, 1, 4]}, "num_heads 2 is not divisible by the tensor axis 4"),
+        ({"data__sources": {}}, "config.data.sources is empty"),
+        ({"data__sources__pairs__path": ""}, "config.data.sources.pairs.path is empty"),
+        ({"data__sources__pairs__weight": 0}, "weight must be positive"),
+        ({"data__tokenizer__kind": "file"}, "config.data.tokenizer.path is empty"),
+        ({"data__augment__crop_scale": [0.9, 0.5]}, "crop_scale"),
+        ({"evaluation__sets": {"a": {"path": "x", "templates": ["photo"]}}}, "contain {}"),
+    ],
+)
+def test_errors_name_the_numbers(overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        validate(changed(**overrides))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_mesh_fills_the_devices():
+    config = dataclasses.replace(small_config(), mesh=(-1, 2, 2))
+    assert check_devices(config, 8) == (2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "devices", "message"),
+    [
+        ({"mesh": [-1, 3, 1]}, 8, "needs a multiple of 3 devices, but there are 8"),
+        ({"mesh": [4, 1, 1]}, 8, "needs 4 devices, but there are 8"),
+        ({"global_batch_size": 36}, 8, "8 data-parallel devices x 1 microbatches = 8; nearest: 32"),
+        ({"global_batch_size": 4}, 8, "nearest: 8"),
+        ({"evaluation__batch_size": 20}, 8, "config.evaluation.batch_size 20"),
+    ],
+)
+def test_what_does_not_fit_the_devices(overrides, devices, message):
+    with pytest.raises(ConfigError) as caught:
+        check_devices(changed(**overrides), devices)
+    assert message in str(caught.value)
+
+
+def test_fields_that_may_change_on_resume_exist():
+    known = flatten(ExperimentConfig())
+    for name in MAY_CHANGE_ON_RESUME:
+        assert any(key == name or key.startswith(name + ".") for key in known), name

@@ -1,0 +1,74 @@
+import logging
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from small import mesh_of, small_config, small_model
+
+from clip_jax.config import PRESETS, ExperimentConfig
+from clip_jax.parallel import matching_rules, partition_spec, to_global_batch
+from clip_jax.tasks import ContrastiveTask
+from clip_jax.training.optimizer import make_optimizer
+from clip_jax.training.state import abstract_state
+
+
+def paths(tree):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
+
+
+@pytest.mark.parametrize("name", [*PRESETS, "conv stem", "attention pooling"])
+def test_every_array_of_every_preset_matches_exactly_one_rule(name):
+    import dataclasses
+
+    model = PRESETS.get(name) or small_model()
+    change = {"conv stem": {"stem": "conv"}, "attention pooling": {"pooling": "attention"}}
+    model = dataclasses.replace(
+        model, image=dataclasses.replace(model.image, **change.get(name, {}))
+    )
+    config = ExperimentConfig(model=model)
+    state = abstract_state(ContrastiveTask(config, mesh_of()), make_optimizer(config), mesh_of())
+    for path, leaf in paths(state):
+        assert len(matching_rules(path)) == 1, (path, leaf.shape)
+
+
+def test_large_arrays_are_split_over_fsdp_and_tensor():
+    config = ExperimentConfig(model=PRESETS["ViT-B-16"])
+    mesh = mesh_of(fsdp=4, tensor=2)
+    state = abstract_state(ContrastiveTask(config, mesh), make_optimizer(config), mesh)
+    for path, leaf in paths(state):
+        if leaf.size * 4 > 1 << 20:
+            shard = leaf.sharding.shard_shape(leaf.shape)
+            assert np.prod(shard) * 4 <= leaf.size, (path, leaf.shape, shard)
+
+
+def test_the_first_dim_that_divides_is_taken(caplog):
+    mesh = mesh_of(fsdp=8)
+    up = "image/blocks/mlp/up/kernel"
+    assert partition_spec(up, (2, 16, 30), mesh) == PartitionSpec(None, "fsdp", None)
+    assert partition_spec(up, (2, 15, 32), mesh) == PartitionSpec(None, None, "fsdp")
+    with caplog.at_level(logging.WARNING):
+        assert partition_spec(up, (2, 1023, 1021), mesh) == PartitionSpec(None, None, None)
+    assert "does not divide by fsdp = 8: kept whole" in caplog.text
+
+
+def test_unknown_arrays_are_an_error():
+    with pytest.raises(KeyError, match="0 sharding rules match image/new"):
+        partition_spec("image/new", (3,), mesh_of())
+
+
+def test_batch_rows_are_spread_over_data_and_fsdp():
+    mesh = mesh_of(data=2, fsdp=2, tensor=2)
+    batch = to_global_batch({"tokens": np.arange(32, dtype=np.int32).reshape(8, 4)}, mesh)
+    assert {shard.data.shape for shard in batch["tokens"].addressable_shards} == {(2, 4)}
+    np.testing.assert_array_equal(batch["tokens"], np.arange(32).reshape(8, 4))
+
+
+def test_small_config_has_no_replicated_matrix(caplog):
+    config = small_config()
+    mesh = mesh_of(data=2, fsdp=2, tensor=2)
+    state = abstract_state(ContrastiveTask(config, mesh), make_optimizer(config), mesh)
+    for path, leaf in paths(state.params):
+        if leaf.ndim > 1 and "kernel" in path:
+            assert any(leaf.sharding.spec), path

@@ -1,0 +1,134 @@
+"""The sharded task against itself on one device, and against the dense loss."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import mesh_of, small_batch, small_config
+
+from clip_jax.parallel import to_global_batch
+from clip_jax.tasks import ContrastiveTask
+
+
+def loss_and_gradients(config, mesh, batch):
+    task = ContrastiveTask(config, mesh)
+    params, _ = jax.jit(task.init)(jax.random.key(0))
+
+    @jax.jit
+    def run(params, batch):
+        def loss(params):
+            return task.loss(params, {}, batch, rng=jax.random.key(0), step=jnp.int32(0))
+
+        (value, (_, metrics)), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        return value, metrics, gradients
+
+    return jax.device_get(run(params, to_global_batch(batch, mesh)))
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    config = small_config()
+    return config, small_batch(config), loss_and_gradients(config, mesh_of(), small_batch(config))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes"),
+    [
+        ((8, 1, 1), {}),
+        ((2, 2, 2), {}),
+        ((2, 1, 1), {"microbatches": 4}),
+        ((1, 1, 1), {"remat": "full"}),
+        ((1, 1, 1), {"remat": "dots"}),
+    ],
+)
+def test_mesh_microbatches_and_remat_change_nothing(one_device, mesh, changes):
+    config, batch, (loss, metrics, gradients) = one_device
+    other = loss_and_gradients(dataclasses.replace(config, **changes), mesh_of(*mesh), batch)
+    np.testing.assert_allclose(other[0], loss, rtol=1e-6)
+    assert other[1].keys() == metrics.keys()
+    norm = np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(gradients)))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * norm), other[2], gradients
+    )
+
+
+def test_unrolled_layers_equal_the_scan(one_device):
+    config, batch, (loss, _, gradients) = one_device
+    from clip_jax.models import Execution
+
+    task = ContrastiveTask(config, mesh_of(), execution=Execution(unroll_layers=True))
+    params, _ = jax.jit(task.init)(jax.random.key(0))
+    value, other = jax.jit(
+        jax.value_and_grad(
+            lambda p: task.loss(p, {}, batch, rng=jax.random.key(0), step=jnp.int32(0))[0]
+        )
+    )(params)
+    np.testing.assert_allclose(value, loss, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), other, gradients)
+
+
+def test_bfloat16_is_close_and_returns_float32(one_device):
+    config, batch, (loss, _, _) = one_device
+    config = dataclasses.replace(config, precision="bfloat16")
+    low, _, gradients = loss_and_gradients(config, mesh_of(), batch)
+    assert loss != low
+    np.testing.assert_allclose(low, loss, rtol=2e-2)
+    assert {g.dtype for g in jax.tree.leaves(gradients)} == {np.dtype("float32")}
+
+
+def test_embeddings_are_unit_length_and_padding_after_the_end_is_ignored():
+    config = small_config()
+    task = ContrastiveTask(config, mesh_of())
+    params, model_state = task.init(jax.random.key(0))
+    batch = small_batch(config, num=4)
+    embeddings = task.embed(params, model_state, batch)
+    for name in ("image", "text"):
+        assert embeddings[name].dtype == jnp.float32
+        np.testing.assert_allclose(np.linalg.norm(embeddings[name], axis=1), 1, rtol=1e-6)
+    after_end = np.cumsum(batch["tokens"] == config.model.text.eot_id, axis=1) > 0
+    after_end[np.arange(4), np.argmax(after_end, axis=1)] = False
+    assert after_end.any()
+    changed = np.where(after_end, 5, batch["tokens"])
+    other = task.embed(params, model_state, {"tokens": changed})
+    np.testing.assert_allclose(other["text"], embeddings["text"], atol=1e-6)
+    assert set(other) == {"text"}
+
+
+def test_logit_scale_is_clipped():
+    config = small_config()
+    task = ContrastiveTask(config, mesh_of())
+    params, _ = task.init(jax.random.key(0))
+    np.testing.assert_allclose(jnp.exp(params["log_logit_scale"]), 1 / 0.07, rtol=1e-6)
+    high = task.constrain(params | {"log_logit_scale": jnp.float32(9)})
+    np.testing.assert_allclose(jnp.exp(high["log_logit_scale"]), 100, rtol=1e-5)
+
+
+def test_batch_spec_matches_the_batch():
+    config = small_config()
+    spec = ContrastiveTask(config, mesh_of()).batch_spec()
+    batch = small_batch(config)
+    assert {k: (v.shape, v.dtype) for k, v in spec.items()} == {
+        k: (v.shape, v.dtype) for k, v in batch.items()
+    }
+
+
+def test_flops_are_what_xla_counts():
+    """Matrix products only, so XLA's own count may be a little above; layers unrolled to count."""
+    from clip_jax.models import Execution
+
+    config = small_config()
+    model = config.model
+    wide = dataclasses.replace(
+        model,
+        image=dataclasses.replace(model.image, width=128),
+        text=dataclasses.replace(model.text, width=128),
+    )
+    config = dataclasses.replace(config, model=wide)
+    task = ContrastiveTask(config, mesh_of(), execution=Execution(unroll_layers=True))
+    params = jax.eval_shape(task.init, jax.random.key(0))[0]
+    lowered = jax.jit(lambda p, b: task.embed(p, {}, b)).lower(params, task.batch_spec())
+    counted = lowered.compile().cost_analysis()["flops"]
+    analytic = config.global_batch_size * task.flops() / 3
+    assert 1.0 <= counted / analytic < 1.12
