@@ -69,11 +69,33 @@ class SourceConfig:
     path: str = ""
     weight: float = 1.0  # share of the mixture, relative to the other sources
     captions: Literal["first", "random"] = "random"  # where a sample has several
+    first_caption: float | None = None  # with 'random': probability of the first; None: as others
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectViewConfig:
+    """Augmentation where `data.framing` is 'object'. By default size and place alone vary."""
+
+    scale: tuple[float, float] = (0.75, 1.0)  # the object's longer side, as a share of the image's
+    stretch: float = 0.0  # range of ln(width / height), half of it either way
+    rotation: float = 0.0  # probability, as are the next ones
+    color: float = 0.0
+    grayscale: float = 0.0  # among those whose colours change
+    pale: float = 0.0  # light areas washed out towards white, dark lines kept
+    angle: float = 0.2  # of a rotation: most, radians
+    shear: float = 0.0  # with a rotation: most
+    hue: float = 0.3  # of a change of colour: turn about the gray axis, standard deviation, radians
+    saturation: tuple[float, float] = (0.3, 1.5)  # factor
+    contrast: float = 0.25  # factor in 1 +- value, about medium gray
+    brightness: float = 0.15  # shift by +- value of the full range
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Training-time image augmentation. Every probability 0 and crop_scale (1, 1): none."""
+    """Training-time image augmentation. Every probability 0 and crop_scale (1, 1): none.
+
+    The fields up to `grayscale` serve `data.framing` 'crop', of them `horizontal_flip` both.
+    """
 
     crop_scale: tuple[float, float] = (0.9, 1.0)  # share of the area kept, as open_clip
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
@@ -87,6 +109,7 @@ class AugmentConfig:
     # Decode JPEGs at 1/2, 1/4 or 1/8 where a view needs no more: twice as fast from 512 to 224
     # pixels, with a mean difference of 2 grey levels.
     scaled_jpeg_decode: bool = False
+    object_view: ObjectViewConfig = field(default_factory=ObjectViewConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +127,15 @@ class TokenizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
+    """What a run reads and how it becomes batches.
+
+    framing, in training and evaluation: 'crop' is for photographs (random resized crop; centre
+    crop). 'object' is for one thing on a transparent or white ground, as icons and products: the
+    ground is trimmed off and the object set on white, whole.
+    """
+
     sources: dict[str, SourceConfig] = field(default_factory=dict)
+    framing: Literal["crop", "object"] = "crop"
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     on_bad_sample: Literal["skip", "fail"] = "skip"

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_jax.config.errors import UserError
-from clip_jax.config.schema import DataConfig
+from clip_jax.config.schema import DataConfig, SourceConfig
 from clip_jax.data.order import Place, SampleOrder
 from clip_jax.data.record import Record
 from clip_jax.data.tokenizers import Tokenizer
-from clip_jax.data.transforms import decode_image, evaluation_image, training_view
+from clip_jax.data.transforms import Framing, decode_image, evaluation_image, training_view
 
 logger = logging.getLogger(__name__)
 
@@ -120,10 +120,9 @@ class TrainingBatches:
     def _load(
         self, record: Record, source_name: str, rng: np.random.Generator
     ) -> tuple[NDArray[np.uint8], str]:
-        caption = record.captions[0]
-        if self._config.sources[source_name].captions == "random" and len(record.captions) > 1:
-            caption = record.captions[int(rng.integers(len(record.captions)))]
-        view = training_view(record.image, self._config.augment, self._image_size, rng)
+        config = self._config
+        caption = record.captions[_caption(config.sources[source_name], len(record.captions), rng)]
+        view = training_view(record.image, config.framing, config.augment, self._image_size, rng)
         return view, caption
 
     def _warn(self, source_name: str, sample: str, error: Exception) -> None:
@@ -132,6 +131,15 @@ class TrainingBatches:
             logger.warning("bad sample replaced in '%s': %s: %s", source_name, sample, error)
         elif self._num_bad % 1000 == 0 or self._num_bad in (10, 100):
             logger.warning("%d bad samples replaced so far, the last: %s", self._num_bad, sample)
+
+
+def _caption(source: SourceConfig, count: int, rng: np.random.Generator) -> int:
+    """Which of a sample's captions to take."""
+    if source.captions == "first" or count == 1:
+        return 0
+    if source.first_caption is None:
+        return int(rng.integers(count))
+    return 0 if rng.random() < source.first_caption else int(rng.integers(1, count))
 
 
 class EvaluationBatches:
@@ -146,6 +154,7 @@ class EvaluationBatches:
         tokenizer: Tokenizer | None,
         *,
         image_size: int,
+        framing: Framing,
         context_length: int,
         batch_size: int,
         process_index: int,
@@ -153,6 +162,7 @@ class EvaluationBatches:
     ) -> None:
         self._source = source
         self._tokenizer = tokenizer
+        self._framing = framing
         self._image_size = image_size
         self._context_length = context_length
         self._global_batch_size = batch_size
@@ -176,7 +186,8 @@ class EvaluationBatches:
         for slot, row in enumerate(rows[mask].tolist()):
             try:
                 record = self._source[row]
-                images[slot] = evaluation_image(decode_image(record.image), size)
+                image = decode_image(record.image)
+                images[slot] = evaluation_image(image, size, self._framing)
             except (ValueError, OSError) as error:
                 raise UserError(
                     f"bad sample in an evaluation set: {self._source.locate(row)}: {error}; "

@@ -1,11 +1,8 @@
 """Host batches by Grain: read ahead by threads and worker processes, always in the same order."""
 
-import contextlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 
 import grain
-from absl import flags
 
 from clip_jax.config.errors import UserError
 from clip_jax.config.schema import DataConfig
@@ -17,6 +14,8 @@ from clip_jax.data.host_batches import (
     sample_order,
 )
 from clip_jax.data.tokenizers import Tokenizer
+from clip_jax.data.transforms import Framing
+from clip_jax.data.workers import WorkerEnvironment
 
 
 class BatchIterator(Iterator[Batch]):
@@ -35,19 +34,31 @@ class BatchIterator(Iterator[Batch]):
         # Each element is a whole batch, so `ahead` counts batches; Grain's default is 500.
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=ahead)
         dataset = grain.MapDataset.source(batches).to_iter_dataset(options)
-        with _environment_of_workers() if num_workers else contextlib.nullcontext():
-            if num_workers:
-                workers = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=ahead)
-                dataset = dataset.mp_prefetch(workers)
-            self._iterator = iter(dataset)
-            if num_workers:
-                self._iterator.start_prefetch()
+        self._environment: WorkerEnvironment | None = None
+        self._workers_to_hear_of = num_workers
+        if num_workers:
+            workers = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=ahead)
+            dataset = dataset.mp_prefetch(workers)
+            self._environment = WorkerEnvironment()
+        self._iterator = iter(dataset)
 
     def __next__(self) -> Batch:
-        return next(self._iterator)
+        batch: Batch = next(self._iterator)
+        if self._environment is not None:
+            self._workers_to_hear_of -= 1  # each delivers one of the first batches
+            if self._workers_to_hear_of == 0:
+                self._forget_environment()
+        return batch
 
     def close(self) -> None:
+        """End the threads and workers. Calling it again is nothing."""
         self._iterator.close()
+        self._forget_environment()
+
+    def _forget_environment(self) -> None:
+        if self._environment is not None:
+            self._environment.restore()
+            self._environment = None
 
     def __enter__(self) -> "BatchIterator":
         return self
@@ -111,13 +122,14 @@ def evaluation_batches(
     process_index: int,
     process_count: int,
     num_threads: int,
+    framing: Framing = "crop",
 ) -> BatchIterator:
     """Return this host's batches over a source, in order, once.
 
     Yields {'image': uint8 [b, image_size, image_size, 3], 'tokens': int32 [b, context_length] (with
     a tokenizer; first captions), 'mask': bool [b], 'index': int32 [b], the row in the source} with
     b = batch_size / process_count. All hosts yield the same number of batches; rows past the end
-    have mask False and index -1.
+    have mask False and index -1. `framing` is that of the training, `DataConfig.framing`.
 
     Raises UserError if the batch does not divide over the hosts; from `next`, for a bad sample.
     """
@@ -126,6 +138,7 @@ def evaluation_batches(
         source,
         tokenizer,
         image_size=image_size,
+        framing=framing,
         context_length=context_length,
         batch_size=batch_size,
         process_index=process_index,
@@ -168,22 +181,3 @@ def _check_divisible(name: str, batch_size: int, process_count: int) -> None:
             f"{name} {batch_size} is not divisible by {process_count} processes; "
             f"nearest: {below or process_count} or {below + process_count}"
         )
-
-
-@contextlib.contextmanager
-def _environment_of_workers() -> Iterator[None]:
-    """What worker processes must find when they start: no claim on the accelerator.
-
-    Grain imports JAX in them before any function of ours runs, so the environment has to say it.
-    """
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain reads its own flags, and the command line has none
-    before = os.environ.get("JAX_PLATFORMS")
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["JAX_PLATFORMS"]
-        else:
-            os.environ["JAX_PLATFORMS"] = before

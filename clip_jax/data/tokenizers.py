@@ -111,7 +111,7 @@ class Tokenizer:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(self._tokenizer.to_str(pretty=True))
+                stream.write(self.to_json())
             os.replace(temporary, path)
         except BaseException:
             os.unlink(temporary)
@@ -149,7 +149,7 @@ class Tokenizer:
         return str(self._tokenizer.decode(kept)).strip()
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[str]]:
-        return Tokenizer, (self._tokenizer.to_str(),)
+        return Tokenizer, (self.to_json(),)
 
 
 def _encodable(text: str) -> str:

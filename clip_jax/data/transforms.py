@@ -6,13 +6,16 @@ All image decoding of the project goes through `decode_image`.
 import io
 import math
 import warnings
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
 from clip_jax.config.schema import AugmentConfig
+from clip_jax.data.object_view import fitted_object, object_view
 
+Framing = Literal["crop", "object"]
 WHITE = (255, 255, 255)
 MAX_PIXELS = 2**27  # 134 million: larger ones are accidents or attacks, and take 400 MB each
 
@@ -22,12 +25,13 @@ _CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 
 
 def decode_image(
-    data: bytes, background: tuple[int, int, int] = WHITE, smallest_side: int | None = None
+    data: bytes, background: tuple[int, int, int] | None = WHITE, smallest_side: int | None = None
 ) -> Image.Image:
     """Decode a JPEG, PNG or WebP to an upright RGB image.
 
-    background: RGB behind transparent pixels. smallest_side: pixels; a JPEG may come at 1/2, 1/4 or
-    1/8 of its size if its shorter side keeps as many. 16-bit pictures keep their upper 8 bits.
+    background: RGB behind transparent pixels; None: a picture with transparency comes as RGBA.
+    smallest_side: pixels; a JPEG may come at 1/2, 1/4 or 1/8 of its size if its shorter side keeps
+    as many. 16-bit pictures keep their upper 8 bits.
 
     Raises ValueError if the data is no such picture, is cut short or has over MAX_PIXELS.
     """
@@ -49,12 +53,14 @@ def decode_image(
 
 
 def training_view(
-    data: bytes, config: AugmentConfig, image_size: int, rng: np.random.Generator
+    data: bytes, framing: Framing, config: AugmentConfig, image_size: int, rng: np.random.Generator
 ) -> NDArray[np.uint8]:
     """Decode a picture and return a random view of it: uint8 [image_size, image_size, 3].
 
     Raises ValueError as `decode_image` does.
     """
+    if framing == "object":
+        return object_view(decode_image(data, background=None), config, image_size, rng)
     smallest_side = None
     if config.scaled_jpeg_decode:
         smallest_side = math.ceil(image_size / math.sqrt(config.crop_scale[0]))
@@ -82,11 +88,16 @@ def augment(
     return np.asarray(image)
 
 
-def evaluation_image(image: Image.Image, image_size: int) -> NDArray[np.uint8]:
-    """Resize the shorter side and crop the centre: uint8 [image_size, image_size, 3].
+def evaluation_image(
+    image: Image.Image, image_size: int, framing: Framing = "crop"
+) -> NDArray[np.uint8]:
+    """Return the view of an RGB image that scores rest on: uint8 [image_size, image_size, 3].
 
-    Bicubic, with torchvision's rounding (`Resize`, `CenterCrop`), as open_clip evaluates.
+    framing 'crop': resize the shorter side, bicubic, and crop the centre, with torchvision's
+    rounding (`Resize`, `CenterCrop`), as open_clip evaluates. 'object': see `fitted_object`.
     """
+    if framing == "object":
+        return fitted_object(image, image_size)
     width, height = image.size
     if width <= height:
         size = (image_size, int(image_size * height / width))
@@ -98,7 +109,7 @@ def evaluation_image(image: Image.Image, image_size: int) -> NDArray[np.uint8]:
     return np.asarray(image.crop((left, top, left + image_size, top + image_size)))
 
 
-def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+def _to_rgb(image: Image.Image, background: tuple[int, int, int] | None) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode in ("I", "I;16", "I;16B", "I;16L", "F"):
@@ -108,6 +119,8 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
+    if background is None:
+        return image
     opaque = Image.new("RGB", image.size, background)
     opaque.paste(image, mask=image)
     return opaque

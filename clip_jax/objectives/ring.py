@@ -29,19 +29,26 @@ class Layout:
     """How the batch lies on the devices and how the work is cut."""
 
     axis_names: tuple[str, ...]  # mesh axes of the ring; () for one device
-    varying: tuple[str, ...]  # axes on which any input differs: at least axis_names
     tile_size: int
     product_dtype: Any
     bidirectional: bool = False
 
-    def vary(self, tree: Any) -> Any:
-        """`tree` marked as differing over all of `varying`, as loop carries must be."""
 
-        def one(x: Array) -> Array:
-            missing = tuple(a for a in self.varying if a not in jax.typeof(x).vma)
-            return lax.pcast(x, missing, to="varying") if missing else x
+def differing(*inputs: Any) -> Callable[[Any], Any]:
+    """A function that marks arrays as differing over all mesh axes on which `inputs` do.
 
-        return jax.tree.map(one, tree)
+    Inside `shard_map` loop carries must keep the axes on which they differ. Adding a zero that is
+    taken from the inputs says so on every version of JAX; the compiler removes it.
+    """
+    # A comparison, since 0 x NaN would not be zero.
+    zero = jnp.int32(0)
+    for x in jax.tree.leaves(inputs):
+        zero += (x.ravel()[0] > 0) * 0
+
+    def mark(x: Array) -> Array:
+        return x | (zero > 0) if x.dtype == bool else x + zero.astype(x.dtype)
+
+    return functools.partial(jax.tree.map, mark)
 
 
 class Pairs(NamedTuple):
@@ -162,7 +169,7 @@ def _sweep(
     with_statistics: bool = False,
     with_gradient: bool = False,
 ) -> Sweep:
-    return Sweep(terms, scale, bias, layout.tile_size, with_statistics, with_gradient, layout.vary)
+    return Sweep(terms, scale, bias, layout.tile_size, with_statistics, with_gradient, differing(scale))
 
 
 def _finish(
@@ -227,7 +234,8 @@ def _round(sweep: Sweep, layout: Layout, rows: Block, columns: Block) -> tuple[S
         return sweep_block(sweep, rows, columns, row_sums, is_home=True)
     block = shift(columns)
     row_sums, behind = sweep_block(sweep, rows, columns, row_sums, is_home=True)
-    block, row_sums, behind = lax.fori_loop(1, num_devices - 1, hop, (block, row_sums, behind))
+    if num_devices > 2:
+        block, row_sums, behind = lax.fori_loop(1, num_devices - 1, hop, (block, row_sums, behind))
     arriving = shift(behind)
     row_sums, own = sweep_block(sweep, rows, block, row_sums, is_home=False)
     return row_sums, shift(add(sweep.terms, arriving, own))

@@ -216,7 +216,6 @@ def test_mistakes(tar_sources, tokenizer, options, message):
 
 def test_workers_end_when_closed(tar_sources, tokenizer):
     config = dataclasses.replace(CONFIG, num_workers=2)
-    before = os.environ.get("JAX_PLATFORMS")
     batches = training_batches(
         config,
         tar_sources,
@@ -229,15 +228,49 @@ def test_workers_end_when_closed(tar_sources, tokenizer):
         start_sample=0,
     )
     next(batches)
+    next(batches)
     assert len(multiprocessing.active_children()) == 2
-    for child in multiprocessing.active_children():
-        with open(f"/proc/{child.pid}/environ", "rb") as environment:
-            assert b"JAX_PLATFORMS=cpu" in environment.read().split(b"\0")
-    assert os.environ.get("JAX_PLATFORMS") == before
     started = time.perf_counter()
     batches.close()
     assert not multiprocessing.active_children()
     assert time.perf_counter() - started < 10
+
+
+@pytest.mark.parametrize("before", [None, "tpu"])
+def test_workers_leave_the_accelerator_alone(tar_sources, tokenizer, monkeypatch, before):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    if before is not None:
+        monkeypatch.setenv("JAX_PLATFORMS", before)
+    config = dataclasses.replace(CONFIG, num_workers=2)
+    with contextlib.ExitStack() as stack:
+        iterators = [
+            stack.enter_context(
+                training_batches(
+                    config,
+                    tar_sources,
+                    tokenizer,
+                    **SHAPE,
+                    seed=0,
+                    global_batch_size=8,
+                    process_index=host,
+                    process_count=2,
+                    start_sample=0,
+                )
+            )
+            for host in range(2)
+        ]
+        for _ in range(2):
+            for iterator in iterators:
+                next(iterator)
+        children = multiprocessing.active_children()
+        assert len(children) == 4
+        for child in children:
+            with open(f"/proc/{child.pid}/environ", "rb") as environment:
+                assert b"JAX_PLATFORMS=cpu" in environment.read().split(b"\0")
+        assert os.environ.get("JAX_PLATFORMS") == before
+        for iterator in iterators:
+            iterator.close()
+    assert os.environ.get("JAX_PLATFORMS") == before
 
 
 @pytest.mark.parametrize(("hosts", "batch"), [(1, 4), (2, 4), (4, 8), (1, 11), (1, 64)])

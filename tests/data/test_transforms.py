@@ -123,7 +123,8 @@ def test_scaled_decoding_gives_nearly_the_same_view():
     fast = dataclasses.replace(NOTHING, crop_ratio=(0.75, 1.34), scaled_jpeg_decode=True)
     exact = dataclasses.replace(fast, scaled_jpeg_decode=False)
     views = [
-        training_view(data, c, 64, np.random.default_rng(0)).astype(float) for c in (fast, exact)
+        training_view(data, "crop", c, 64, np.random.default_rng(0)).astype(float)
+        for c in (fast, exact)
     ]
     assert 0 < np.abs(views[0] - views[1]).mean() < 4
 

@@ -1,0 +1,44 @@
+import json
+
+import pytest
+from small import small_config
+
+from clip_jax.checkpoint import Workdir, drop_metrics_after, read_metrics, write_atomically
+from clip_jax.config import ConfigError, UserError
+
+
+def test_config_round_trips(tmp_path):
+    workdir = Workdir(tmp_path)
+    with pytest.raises(UserError, match="not the workdir of a run"):
+        workdir.load_config()
+    workdir.save_config(small_config())
+    assert workdir.exists()
+    assert workdir.load_config() == small_config()
+    workdir.config.write_text("{")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        workdir.load_config()
+
+
+def test_a_line_cut_short_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_metrics(path) == []
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_lines_after_a_step_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    drop_metrics_after(path, 3)
+    assert not path.exists()
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 3, 3, 4)))
+    drop_metrics_after(path, 3)
+    assert [line["step"] for line in read_metrics(path)] == [1, 3, 3]
+
+
+def test_atomic_writing_leaves_the_old_file_or_the_new_one(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+    with pytest.raises(TypeError):
+        write_atomically(path, None)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

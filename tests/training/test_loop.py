@@ -1,0 +1,232 @@
+"""Whole runs on a small tar: learn, stop, resume to the bit, score, report."""
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from data.tars import pairs, write_tar
+from small import small_config
+
+from clip_jax.checkpoint import CheckpointStore, Workdir, read_metrics
+from clip_jax.config import (
+    CheckpointConfig,
+    ConfigError,
+    DataConfig,
+    EvalSetConfig,
+    EvaluationConfig,
+    ExperimentConfig,
+    LoggingConfig,
+    SourceConfig,
+    UserError,
+)
+from clip_jax.training.evaluate_run import evaluate_run
+from clip_jax.training.loop import train
+
+CLOCK_FIELDS = {"samples_per_second", "steps_per_second", "data_wait", "train_seconds"}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> ExperimentConfig:
+    folder = tmp_path_factory.mktemp("pairs")
+    tar = write_tar(folder / "pairs.tar", pairs(0, 100))
+    small = small_config()
+    text = dataclasses.replace(small.model.text, vocab_size=300, eot_id=2)
+    return dataclasses.replace(
+        small,
+        num_steps=10,
+        model=dataclasses.replace(small.model, text=text),
+        data=DataConfig(
+            sources={"pairs": SourceConfig(path=str(tar))}, cache_dir=str(folder / "cache")
+        ),
+        evaluation=EvaluationConfig(
+            sets={"pairs": EvalSetConfig(path=str(tar), zero_shot_ways=10)}, batch_size=32
+        ),
+        checkpoint=CheckpointConfig(every_steps=5),
+        logging=LoggingConfig(every_steps=1),
+    )
+
+
+@pytest.fixture(scope="module")
+def whole_run(config, tmp_path_factory) -> Workdir:
+    """Ten steps without a stop."""
+    workdir = Workdir(tmp_path_factory.mktemp("runs") / "whole")
+    outcome = train(config, workdir)
+    assert outcome.finished
+    assert outcome.step == 10
+    return workdir
+
+
+def facts(workdir: Workdir) -> list[dict]:
+    """The metrics without what a clock says."""
+    return [
+        {k: v for k, v in line.items() if k not in CLOCK_FIELDS}
+        for line in read_metrics(workdir.metrics)
+    ]
+
+
+def test_a_run_leaves_what_the_design_says(whole_run, config):
+    assert {path.name for path in whole_run.path.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "tokenizer.json",
+        "report.html",
+    }
+    assert whole_run.load_config() == config
+    store = CheckpointStore(whole_run.checkpoints)
+    assert store.steps() == [5, 10]
+    metadata = store.metadata(5)
+    assert metadata["samples_seen"] == 5 * config.global_batch_size
+    assert metadata["config"] == json.loads(whole_run.config.read_text())
+    assert json.loads(metadata["tokenizer"]) == json.loads(whole_run.tokenizer.read_text())
+    store.close()
+
+
+def test_metrics_have_the_promised_fields(whole_run, config):
+    lines = read_metrics(whole_run.metrics)
+    training, evaluation = lines[:-1], lines[-1]
+    assert [line["step"] for line in lines] == [*range(1, 11), 10]
+    for line in training:
+        assert line["samples_seen"] == line["step"] * config.global_batch_size
+        assert line.keys() >= {"loss", "learning_rate", "logit_scale", "samples_per_second"}
+    for direction in ("text_to_image", "image_to_text"):
+        for k in (1, 5, 10):
+            name = f"eval/pairs/{direction}_R@{k}"
+            assert 0 <= evaluation[name] <= 1
+            assert evaluation[f"{name}/chance"] == k / 100
+    assert evaluation["eval/pairs/zero_shot_10way_top1/chance"] == 0.1
+    assert evaluation["eval/pairs/num_pairs"] == 100
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ten_steps_equal_some_stop_and_resume(whole_run, config, tmp_path, capsys, number):
+    """A signal from outside, at whatever step it strikes: the numbers are those of no stop."""
+    workdir = Workdir(tmp_path / "run")
+    # Slower logging of nothing: give the signal steps to strike at.
+    config = dataclasses.replace(config, checkpoint=CheckpointConfig(every_steps=1000))
+
+    def interrupt() -> None:
+        while len(read_metrics(workdir.metrics)) < 3:
+            time.sleep(0.005)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    outcome = train(config, workdir)
+    thread.join()
+    assert not outcome.finished
+    assert 3 <= outcome.step < 10
+    assert CheckpointStore(workdir.checkpoints).steps() == [outcome.step]
+    assert f"stopped at step {outcome.step}, saved. To go on: clip-jax train" in capsys.readouterr().err
+    assert train(config, workdir).finished
+    assert facts(workdir) == facts(whole_run)
+
+
+def test_resume_from_a_checkpoint_drops_later_lines(whole_run, config, tmp_path):
+    """As after a crash: step 10 of ten is lost, with lines in metrics.jsonl past the checkpoint."""
+    import shutil
+
+    workdir = Workdir(tmp_path / "run")
+    shutil.copytree(whole_run.path, workdir.path)
+    shutil.rmtree(workdir.checkpoints / "10")
+    with workdir.metrics.open("a") as file:
+        file.write('{"step": 11, "lo')  # cut short by the crash
+    assert train(config, workdir).finished
+    assert facts(workdir) == facts(whole_run)
+
+
+def test_resume_on_other_devices_and_workers_is_allowed(whole_run, config, tmp_path, capsys):
+    import shutil
+
+    workdir = Workdir(tmp_path / "run")
+    shutil.copytree(whole_run.path, workdir.path)
+    shutil.rmtree(workdir.checkpoints / "10")
+    other = dataclasses.replace(
+        config,
+        mesh=(2, 2, 2),
+        microbatches=2,
+        remat="full",
+        data=dataclasses.replace(config.data, num_threads=3),
+    )
+    assert train(other, workdir).finished
+    said = capsys.readouterr().err
+    assert "config change on resume: mesh (-1, 1, 1) -> (2, 2, 2)" in said
+    expected = facts(whole_run)
+    for line, other_line in zip(facts(workdir)[:10], expected[:10], strict=True):
+        np.testing.assert_allclose(line["loss"], other_line["loss"], rtol=1e-5)
+
+
+def test_a_finished_run_says_so_and_scores_again_from_disk(whole_run, config, capsys):
+    before = whole_run.metrics.read_text()
+    outcome = train(config, whole_run)
+    assert outcome.finished
+    assert "is done: 10 steps" in capsys.readouterr().err
+    assert whole_run.metrics.read_text() == before
+    assert evaluate_run(config, whole_run) == outcome.scores
+    assert evaluate_run(config, whole_run, step=5) != outcome.scores
+
+
+def test_another_config_is_refused_and_nothing_is_lost(whole_run, config):
+    before = {p: p.read_bytes() for p in whole_run.path.iterdir() if p.is_file()}
+    other = dataclasses.replace(config, seed=1)
+    with pytest.raises(UserError, match="seed 0 -> 1; use another --workdir, or --allow_config"):
+        train(other, whole_run)
+    assert {p: p.read_bytes() for p in whole_run.path.iterdir() if p.is_file()} == before
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(config, tmp_path):
+    text = dataclasses.replace(config.model.text, eot_id=5)
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
+    with pytest.raises(ConfigError, match="end of text is token 2"):
+        train(other, Workdir(tmp_path / "run"))
+
+
+def test_missing_evaluation_set_stops_before_training(config, tmp_path):
+    sets = {"gone": EvalSetConfig(path=str(tmp_path / "gone.tar"))}
+    other = dataclasses.replace(
+        config, evaluation=dataclasses.replace(config.evaluation, sets=sets)
+    )
+    workdir = Workdir(tmp_path / "run")
+    with pytest.raises(UserError, match=r"gone\.tar"):
+        train(other, workdir)
+    assert not workdir.config.exists()
+
+
+def test_evaluation_during_the_run(config, tmp_path):
+    other = dataclasses.replace(
+        config,
+        num_steps=4,
+        evaluation=dataclasses.replace(config.evaluation, every_steps=2, report=False),
+    )
+    workdir = Workdir(tmp_path / "run")
+    train(other, workdir)
+    evaluated = [x["step"] for x in read_metrics(workdir.metrics) if "eval/pairs/num_pairs" in x]
+    assert evaluated == [2, 4]
+    assert not workdir.report.exists()
+
+
+def test_the_ragged_tail_is_exact(whole_run, config):
+    """100 pairs in batches of 32 and of 100: the same scores."""
+    scores = evaluate_run(config, whole_run)
+    mesh = (4, 1, 2)
+    other = dataclasses.replace(
+        config, mesh=mesh, evaluation=dataclasses.replace(config.evaluation, batch_size=100)
+    )
+    other_scores = evaluate_run(other, whole_run)
+    assert jax.tree.map(lambda x: round(x, 2), other_scores) == jax.tree.map(
+        lambda x: round(x, 2), scores
+    )
+
+
+def test_the_report_shows_the_scores(whole_run):
+    page = whole_run.report.read_text()
+    assert "text_to_image_R@1" in page or "Text" in page
+    assert Path(whole_run.report).stat().st_size > 50_000
