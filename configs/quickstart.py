@@ -28,9 +28,10 @@ def get_config():
                 name="ViT-emoji",
                 image=ImageTowerConfig(
                     image_size=32,
-                    patch_size=4,
+                    patch_size=8,
                     stem="conv",
-                    stem_width=64,
+                    stem_widths=(64, 64, 128, 128),
+                    stem_strides=(2, 1, 2, 1),
                     width=128,
                     depth=3,
                     num_heads=4,

@@ -15,9 +15,10 @@ class ImageTowerConfig:
     """A Vision Transformer (Dosovitskiy et al. 2021). Defaults: ViT-B/32 as trained by CLIP."""
 
     image_size: int = 224  # pixels, height = width
-    patch_size: int = 32  # pixels; with a conv stem: its total stride, a power of two
+    patch_size: int = 32  # pixels; with a conv stem: its total stride
     stem: Literal["patch", "conv"] = "patch"  # conv: Xiao et al. 2021, strided 3x3 convolutions
-    stem_width: int | None = None  # channels of the first convolution; None: width / 8
+    stem_widths: tuple[int, ...] = ()  # channels after each convolution
+    stem_strides: tuple[int, ...] = ()  # of each; patch_size is a multiple of their product
     width: int = 768
     depth: int = 12
     num_heads: int = 12
@@ -43,6 +44,7 @@ class TextTowerConfig:
     mlp_ratio: float = 4.0
     activation: Activation = "gelu"
     layer_norm_epsilon: float = 1e-5
+    token_embedding_std: float = 0.02  # at initialisation
 
 
 @dataclass(frozen=True, kw_only=True)

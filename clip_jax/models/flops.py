@@ -1,5 +1,7 @@
 """Analytic floating-point operations of the towers: matrix products only, as MFU counts them."""
 
+import math
+
 from clip_jax.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 
 
@@ -25,10 +27,10 @@ def _stem(image: ImageTowerConfig) -> int:
     num_patches = (image.image_size // image.patch_size) ** 2
     if image.stem == "patch":
         return 2 * num_patches * 3 * image.patch_size**2 * image.width
-    flops, channels, size = 0, 3, image.image_size
-    for i in range(image.patch_size.bit_length() - 1):
-        width = (image.stem_width or image.width // 8) * 2**i
-        size //= 2
+    fold = image.patch_size // math.prod(image.stem_strides)
+    flops, channels, size = 0, 3 * fold**2, image.image_size // fold
+    for width, stride in zip(image.stem_widths, image.stem_strides, strict=True):
+        size //= stride
         flops += 2 * size**2 * 9 * channels * width
         channels = width
     return flops + 2 * num_patches * channels * image.width

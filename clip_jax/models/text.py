@@ -18,7 +18,8 @@ class TextTransformer(nnx.Module):
         self.config, self.execution = config, execution
         # Standard deviations: Radford et al. 2021, released code.
         self.token_embedding = nnx.Param(
-            0.02 * jax.random.normal(rngs.params(), (config.vocab_size, config.width))
+            config.token_embedding_std
+            * jax.random.normal(rngs.params(), (config.vocab_size, config.width))
         )
         self.position_embedding = nnx.Param(
             0.01 * jax.random.normal(rngs.params(), (config.context_length, config.width))

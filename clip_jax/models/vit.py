@@ -3,6 +3,8 @@
 Shape suffixes: B batch, H rows, W columns, C channels, T tokens, P pixels of a patch, D width.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -45,31 +47,30 @@ class PatchStem(nnx.Module):
     def __call__(self, image_BHWC: Array) -> Array:
         # A reshape and a matrix product: the same arithmetic as a strided convolution, and the
         # form that every backend runs at full speed.
-        size = self.patch_size
-        B, H, W, C = image_BHWC.shape
-        grid = image_BHWC.reshape(B, H // size, size, W // size, size, C)
-        patches_BTP = grid.transpose(0, 1, 3, 2, 4, 5).reshape(B, -1, size * size * C)
-        return self.project(patches_BTP)
+        patches_BHWP = _fold(image_BHWC, self.patch_size)
+        B, H, W, P = patches_BHWP.shape
+        return self.project(patches_BHWP.reshape(B, H * W, P))
 
 
 class ConvStem(nnx.Module):
     """Strided 3x3 convolutions, then 1x1 (Xiao et al. 2021, "Early convolutions").
 
     Layer norm over the channels stands where the paper has batch norm, so that an example's
-    embedding does not depend on its batch.
+    embedding does not depend on its batch. Where `patch_size` is more than the product of the
+    strides, pixels are first folded into channels (space to depth): convolutions with few channels
+    are slow on every backend.
     """
 
     def __init__(self, config: ImageTowerConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
-        num_halvings = config.patch_size.bit_length() - 1
-        first = config.stem_width or config.width // 8
-        widths = [3] + [first * 2**i for i in range(num_halvings)]
-        self.num_halvings = num_halvings
-        for i in range(num_halvings):
+        self.num_convolutions = len(config.stem_widths)
+        self.fold = config.patch_size // math.prod(config.stem_strides)
+        widths = (3 * self.fold**2, *config.stem_widths)
+        for i in range(self.num_convolutions):
             convolution = nnx.Conv(
                 widths[i],
                 widths[i + 1],
                 (3, 3),
-                strides=2,
+                strides=config.stem_strides[i],
                 use_bias=False,
                 kernel_init=nnx.initializers.he_normal(),
                 dtype=execution.dtype,
@@ -89,12 +90,19 @@ class ConvStem(nnx.Module):
         )
 
     def __call__(self, image_BHWC: Array) -> Array:
-        x_BHWC = image_BHWC
-        for i in range(self.num_halvings):
+        x_BHWC = _fold(image_BHWC, self.fold)
+        for i in range(self.num_convolutions):
             x_BHWC = getattr(self, f"convolution_{i}")(x_BHWC)
-            x_BHWC = jax.nn.gelu(getattr(self, f"norm_{i}")(x_BHWC))
-        B, H, W, C = x_BHWC.shape
-        return self.project(x_BHWC.reshape(B, H * W, C))
+            x_BHWC = jax.nn.relu(getattr(self, f"norm_{i}")(x_BHWC))
+        x_BHWD = self.project(x_BHWC)
+        return x_BHWD.reshape(x_BHWD.shape[0], -1, x_BHWD.shape[-1])
+
+
+def _fold(image_BHWC: Array, size: int) -> Array:
+    """Blocks of size x size pixels to channels: [B, H / size, W / size, size * size * C]."""
+    B, H, W, C = image_BHWC.shape
+    blocks = image_BHWC.reshape(B, H // size, size, W // size, size, C)
+    return blocks.transpose(0, 1, 3, 2, 4, 5).reshape(B, H // size, W // size, size * size * C)
 
 
 class AttentionPooling(nnx.Module):

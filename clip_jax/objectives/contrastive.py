@@ -71,12 +71,13 @@ def contrastive_loss(
     (mean cosines), logit_scale_gradient_norm.
     Raises ValueError at trace time for shapes, dtypes and options that do not fit.
     """
+    has_ids = image_ids is not None or text_ids is not None
     terms = Terms(
         kind=kind,
         beta=beta,
         label_smoothing=label_smoothing,
-        has_ids=image_ids is not None or text_ids is not None,
-        further_positives=duplicates == "positive" and (image_ids is not None or text_ids is not None),
+        has_ids=has_ids,
+        further_positives=has_ids and duplicates == "positive",
     )
     _check(image_embeddings, text_embeddings, weights, image_ids, text_ids, duplicates, tile_size)
     ring_axes, replicated_axes = _names(axis_names), _names(replicated_axis_names)
@@ -188,7 +189,9 @@ def _check(
     num_rows = image_bE.shape[0]
     for name, values in (("image_ids", image_ids), ("text_ids", text_ids), ("weights", weights)):
         if values is not None and values.shape != (num_rows,):
-            raise ValueError(f"{name} must have shape ({num_rows},), one per pair, got {values.shape}")
+            raise ValueError(
+                f"{name} must have shape ({num_rows},), one per pair, got {values.shape}"
+            )
     for name, ids in (("image_ids", image_ids), ("text_ids", text_ids)):
         if ids is not None and ids.dtype != jnp.int32:
             raise ValueError(f"{name} must be int32 hashes, got {ids.dtype}")

@@ -31,7 +31,7 @@ class Sums(NamedTuple):
     slope: Array
     hardness: Array | None = None  # sum of exp(beta (l - largest))
     cosine_sum: Array | None = None  # of the logits without the bias
-    count: Array | None = None  # float32: exact to 16 million
+    num_pairs: Array | None = None  # float32: exact to 16 million
 
 
 class Statistics(NamedTuple):
@@ -85,12 +85,12 @@ def nothing(terms: Terms, num_rows: int, *, is_column: bool) -> Statistics:
         zeros(),
         hardness=zeros() if terms.beta else None,
         cosine_sum=zeros() if _needs_cosines(terms, is_column) else None,
-        count=zeros() if count else None,
+        num_pairs=zeros() if count else None,
     )
     further = None
     if terms.further_positives:
         further = Sums(
-            none(), zeros(), zeros(), cosine_sum=zeros(), count=zeros() if count else None
+            none(), zeros(), zeros(), cosine_sum=zeros(), num_pairs=zeros() if count else None
         )
     return Statistics(negatives, further)
 
@@ -180,7 +180,7 @@ def _merge(first: Sums, second: Sums, power: float, beta: float) -> Sums:
         slope,
         add(first.hardness, second.hardness, beta),
         add(first.cosine_sum, second.cosine_sum),
-        add(first.count, second.count),
+        add(first.num_pairs, second.num_pairs),
     )
 
 
@@ -309,34 +309,44 @@ def tile_gradient(
     terms: Terms, tile: TileLogits, rows: Coefficients, columns: Coefficients
 ) -> Array:
     """d loss / d logit of the tile's pairs [I, J]; 0 where a pair takes no part."""
-    sides = (
-        jax.tree.map(lambda c: c[:, None], rows),
-        jax.tree.map(lambda c: c[None, :], columns),
-    )
+
+    def both(of_I: Array | None, of_J: Array | None) -> Array:
+        assert of_I is not None
+        assert of_J is not None
+        return of_I[:, None] + of_J[None, :]
+
+    def exponentials(
+        power: float, logits_IJ: Array, of_I: Array | None, of_J: Array | None
+    ) -> Array:
+        assert of_I is not None
+        assert of_J is not None
+        row_IJ = jnp.exp(power * logits_IJ - of_I[:, None])
+        return row_IJ + jnp.exp(power * logits_IJ - of_J[None, :])
+
+    shifts = (rows.negative_shift, columns.negative_shift)
     if terms.kind == "softmax":
-        gradient_IJ = sum(
-            jnp.exp((1 + terms.beta) * tile.negative - side.negative_shift) for side in sides
-        )
-    elif terms.beta:
-        hardness_IJ = sum(jnp.exp(terms.beta * tile.negative - s.negative_shift) for s in sides)
-        gradient_IJ = hardness_IJ * jax.nn.sigmoid(tile.negative)
+        gradient_IJ = exponentials(1 + terms.beta, tile.negative, *shifts)
     else:
-        weight_IJ = sides[0].weight + sides[1].weight
-        gradient_IJ = weight_IJ * jax.nn.sigmoid(tile.negative)
+        gradient_IJ = jax.nn.sigmoid(tile.negative)
+        if terms.beta:
+            gradient_IJ *= exponentials(terms.beta, tile.negative, *shifts)
+        else:
+            gradient_IJ *= both(rows.weight, columns.weight)
     if terms.label_smoothing:
-        uniform_IJ = sides[0].uniform + sides[1].uniform
+        uniform_IJ = both(rows.uniform, columns.uniform)
         if tile.is_negative is not None:
             uniform_IJ = jnp.where(tile.is_negative, uniform_IJ, 0)
         gradient_IJ -= uniform_IJ
-    if tile.further is None:
+    if tile.further is None or tile.is_further is None:
         return gradient_IJ
-    further_IJ = -(sides[0].pull + sides[1].pull)
+    pull_IJ = both(rows.pull, columns.pull)
     if terms.kind == "softmax":
-        further_IJ += sum(jnp.exp(tile.further - side.positive_shift) for side in sides)
+        further_IJ = exponentials(1.0, tile.further, rows.positive_shift, columns.positive_shift)
+        further_IJ -= pull_IJ
         if terms.label_smoothing:
-            further_IJ -= sides[0].uniform + sides[1].uniform
+            further_IJ -= both(rows.uniform, columns.uniform)
     else:
-        further_IJ *= jax.nn.sigmoid(-tile.further)
+        further_IJ = -pull_IJ * jax.nn.sigmoid(-tile.further)
     return gradient_IJ + jnp.where(tile.is_further, further_IJ, 0)
 
 

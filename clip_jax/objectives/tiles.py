@@ -59,13 +59,18 @@ def choose_tile_size(num_rows: int, embed_dim: int) -> int:
     """Side of the square tiles for a device's `num_rows` pairs.
 
     A tile takes no more memory than the local embeddings of one tower do (float32 both), so the
-    whole stays linear in the local batch. Tiles of equal size: what the last one overlaps with
-    its neighbour is computed twice, and is kept under 8 rows per tile.
+    whole stays linear in the local batch. A side that divides the rows and fills the lanes of a
+    TPU (128) comes first. Else tiles are of equal size, a multiple of 8; the rows that the last
+    one shares with its neighbour, fewer than 8 per tile, are computed twice.
     """
     at_most = min(max(math.isqrt(num_rows * embed_dim), _SMALLEST), _LARGEST)
-    num_tiles = -(-num_rows // at_most)
-    even = -(-num_rows // num_tiles)
-    return num_rows if num_tiles == 1 else min(num_rows, -(-even // 8) * 8)
+    if num_rows <= at_most:
+        return num_rows
+    for size in range(at_most - at_most % 128, at_most // 2, -128):
+        if num_rows % size == 0:
+            return size
+    even = -(-num_rows // -(-num_rows // at_most))
+    return min(num_rows, -(-even // 8) * 8)
 
 
 def empty(sweep: Sweep, num_rows: int, embed_dim: int, *, is_column: bool) -> Sides:

@@ -74,6 +74,20 @@ def train(
         first_sample = store.metadata()["samples_seen"]
     else:
         state, first_sample = init_state(task, optimizer, abstract, config.seed), 0
+    batches = training_batches(
+        config.data,
+        sources,
+        tokenizer,
+        image_size=config.model.image.image_size,
+        context_length=config.model.text.context_length,
+        seed=config.seed,
+        global_batch_size=config.global_batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        start_sample=first_sample,
+    )
+
+    # ---- All checks have passed: from here on files change -------------------------------------
     if is_first_process:
         drop_metrics_after(workdir.metrics, first_step)
         workdir.save_config(config)
@@ -125,18 +139,6 @@ def train(
             return Outcome(first_step, finished=True, scores=scores)
 
         train_step = make_train_step(task, optimizer, schedule, abstract, mesh, seed=config.seed)
-        batches = training_batches(
-            config.data,
-            sources,
-            tokenizer,
-            image_size=config.model.image.image_size,
-            context_length=config.model.text.context_length,
-            seed=config.seed,
-            global_batch_size=config.global_batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            start_sample=first_sample,
-        )
         clock = _Clock(start, first_step, earlier=_train_seconds(earlier))
 
         def log(step: int, metrics: dict[str, jax.Array]) -> None:
@@ -150,7 +152,7 @@ def train(
             progress.update(step, values | {"eta_seconds": remaining})
 
         pending: tuple[int, dict[str, jax.Array]] | None = None
-        with batches, _interrupts() as interrupted:
+        with _interrupts() as interrupted:
             for step in range(first_step + 1, config.num_steps + 1):
                 with clock.waiting():
                     batch = to_global_batch(next(batches), mesh)
@@ -180,6 +182,7 @@ def train(
             scores = run_evaluation(config.num_steps)
         return Outcome(config.num_steps, finished=True, scores=scores)
     finally:
+        batches.close()
         store.close()  # returns when every save is complete on disk
         progress.close()
         if writer is not None:

@@ -31,12 +31,14 @@ def test_overrides_reach_every_level(recipe):
             f"--config={recipe}",
             "--config.seed=3",
             "--config.mesh=(2,1,1)",
-            "--config.model.image.stem_width=8",
+            "--config.model.image.stem=conv",
+            "--config.model.image.stem_widths=(8,16)",
+            "--config.model.image.stem_strides=(2,2)",
             "--config.data.sources.pairs.weight=2.5",
             "--config.optimizer.clip_global_norm=0.5",
         ]
     )
-    assert (config.seed, config.mesh, config.model.image.stem_width) == (3, (2, 1, 1), 8)
+    assert (config.seed, config.mesh, config.model.image.stem_widths) == (3, (2, 1, 1), (8, 16))
     assert config.data.sources["pairs"].weight == 2.5
     assert config.optimizer.clip_global_norm == 0.5
 

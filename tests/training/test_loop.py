@@ -125,7 +125,10 @@ def test_ten_steps_equal_some_stop_and_resume(whole_run, config, tmp_path, capsy
     assert not outcome.finished
     assert 3 <= outcome.step < 10
     assert CheckpointStore(workdir.checkpoints).steps() == [outcome.step]
-    assert f"stopped at step {outcome.step}, saved. To go on: clip-jax train" in capsys.readouterr().err
+    assert (
+        f"stopped at step {outcome.step}, saved. To go on: clip-jax train"
+        in capsys.readouterr().err
+    )
     assert train(config, workdir).finished
     assert facts(workdir) == facts(whole_run)
 

