@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,45 @@ def test_train_eval_and_resume(recipe, tmp_path):
     scored = clip_jax("eval", f"--workdir={workdir}", "--config.evaluation.batch_size=8")
     assert scored.returncode == 0, scored.stderr
     assert scored.stdout == done.stdout
+
+
+def test_two_processes_train_like_one(recipe, tmp_path):
+    """Over loopback: the same losses, one set of files, SIGTERM-safe start-up and end."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert clip_jax("train", f"--config={recipe}", f"--workdir={one}").returncode == 0
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    code = "import sys; from clip_jax.cli import main; sys.exit(main())"
+    processes = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-c", code, "train", f"--config={recipe}", f"--workdir={two}"),
+                *(f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={i}"),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for i in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    lines = {
+        run: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (one, two)
+    }
+    for ours, theirs in zip(lines[one], lines[two], strict=True):
+        assert ours.keys() == theirs.keys()
+        if "loss" in ours:
+            assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
+    assert "2 devices" in outputs[0][1]
+    assert "devices" not in outputs[1][1]  # one process speaks
 
 
 def test_config_prints_the_resolved_one_and_reads_it_back(tmp_path):

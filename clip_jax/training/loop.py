@@ -97,7 +97,9 @@ def train(
     earlier = read_metrics(workdir.metrics)
     scores = _scores_at(first_step, earlier)
     writer = MetricsWriter(workdir, config, first_step=first_step) if is_first_process else None
-    progress = ProgressLine(first_step=first_step, num_steps=config.num_steps)
+    progress = ProgressLine(
+        first_step=first_step, num_steps=config.num_steps, silent=not is_first_process
+    )
     num_parameters = count_parameters(abstract.params)
     progress.say(
         f"{config.name}: {num_parameters:,} parameters, {jax.device_count()} devices as "

@@ -74,8 +74,10 @@ class ProgressLine:
 
     _SECONDS_BETWEEN_LINES = 10.0
 
-    def __init__(self, *, first_step: int, num_steps: int) -> None:
-        self._console = Console(file=sys.stderr)
+    def __init__(self, *, first_step: int, num_steps: int, silent: bool = False) -> None:
+        """silent: for all processes of a run but the first."""
+        self._console = Console(file=sys.stderr, quiet=silent)
+        self._silent = silent
         self._num_steps = num_steps
         self._last_line = -math.inf
         self._progress = Progress(
@@ -86,7 +88,7 @@ class ProgressLine:
             TextColumn("ETA"),
             TimeRemainingColumn(),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=silent or not self._console.is_terminal,
         )
         self._bar = self._progress.add_task(
             "train", total=num_steps, completed=first_step, numbers="compiling"
@@ -101,7 +103,7 @@ class ProgressLine:
         )
         self._progress.update(self._bar, completed=step, numbers=numbers)
         now = time.monotonic()
-        plain = not self._console.is_terminal
+        plain = not self._console.is_terminal and not self._silent
         if plain and (now - self._last_line > self._SECONDS_BETWEEN_LINES):
             self._last_line = now
             eta = time.strftime("%H:%M:%S", time.gmtime(values["eta_seconds"]))

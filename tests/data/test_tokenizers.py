@@ -143,7 +143,7 @@ def clip_like(start: str, end: str) -> str:
     tokenizer.post_processor = hf.processors.TemplateProcessing(
         single=f"{start} $A {end}", special_tokens=[(start, 2), (end, 3)]
     )
-    tokenizer.enable_truncation(4)
+    tokenizer.enable_truncation(2)
     return tokenizer.to_str()
 
 

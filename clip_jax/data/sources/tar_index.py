@@ -98,7 +98,7 @@ def scan(path: str) -> tuple[NDArray[np.void], int]:
     rows: list[tuple[int, int, int, int, int, int]] = []
     skipped = 0
     sample = _Sample(b"")
-    members = walk(_windowed(descriptor), os.fstat(descriptor).st_size)
+    members = walk(_WindowedReader(descriptor), os.fstat(descriptor).st_size)
     try:
         for member in _warn_without_end(members, path):
             parts = split_name(member.name)
@@ -216,8 +216,8 @@ def _warn_without_end(
         logger.warning("%s: no end marker; was its writer stopped early?", path)
 
 
-class _windowed:  # noqa: N801 - a function with state
-    """`pread(num_bytes, offset)` that reads ahead a little: fewer system calls on small members."""
+class _WindowedReader:
+    """A `pread(num_bytes, offset)` that reads ahead a little: fewer system calls on small members."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
