@@ -86,9 +86,7 @@ class Program:
         assert index is not None
         assert "direction=LT" in test.text
         start = computation[_operands(loop)[0]]  # the tuple of what the loop carries
-        return _constant(limit, condition) - _constant(
-            _operands(start)[int(index[1])], computation
-        )
+        return _constant(limit, condition) - _constant(_operands(start)[int(index[1])], computation)
 
     def counts(self) -> Counts:
         counts = Counts()

@@ -6,7 +6,7 @@ from typing import Any
 
 from clip_jax.config.convert import flatten
 from clip_jax.config.errors import ConfigError
-from clip_jax.config.schema import ExperimentConfig, ImageTowerConfig, ModelConfig
+from clip_jax.config.schema import AugmentConfig, ExperimentConfig, ImageTowerConfig, ModelConfig
 
 _POSITIVE = (
     "num_steps",
@@ -178,25 +178,18 @@ def _check_data(config: ExperimentConfig) -> None:
     for name, source in config.data.sources.items():
         if not source.path:
             raise ConfigError(f"config.data.sources.{name}.path is empty")
+        if source.first_caption is not None and not 0 <= source.first_caption <= 1:
+            raise ConfigError(
+                f"config.data.sources.{name}.first_caption must be between 0 and 1, got "
+                f"{source.first_caption}"
+            )
         if source.weight <= 0:
             raise ConfigError(
                 f"config.data.sources.{name}.weight must be positive, got {source.weight}"
             )
     if config.data.tokenizer.kind == "file" and not config.data.tokenizer.path:
         raise ConfigError("config.data.tokenizer.path is empty; name a tokenizer.json")
-    low, high = config.data.augment.crop_scale
-    if not 0 < low <= high:
-        raise ConfigError(
-            f"config.data.augment.crop_scale must be 0 < low <= high, got {(low, high)}"
-        )
-    low, high = config.data.augment.crop_ratio
-    if not 0 < low <= high:
-        raise ConfigError(
-            f"config.data.augment.crop_ratio must be 0 < low <= high, got {(low, high)}"
-        )
-    for name, value in flatten(config.data.augment).items():
-        if isinstance(value, float) and value < 0:
-            raise ConfigError(f"config.data.augment.{name} must be 0 or more, got {value}")
+    _check_augment(config.data.augment)
     for name, eval_set in config.evaluation.sets.items():
         if not eval_set.path:
             raise ConfigError(f"config.evaluation.sets.{name}.path is empty")
@@ -205,6 +198,27 @@ def _check_data(config: ExperimentConfig) -> None:
                 f"config.evaluation.sets.{name}.templates must be prompts that contain {{}}, "
                 f"got {eval_set.templates}"
             )
+
+
+def _check_augment(augment: AugmentConfig) -> None:
+    """Ranges are 0 < low <= high, probabilities at most 1, nothing is negative."""
+    probabilities = ("horizontal_flip", "color_jitter", "grayscale")
+    object_probabilities = ("rotation", "color", "grayscale", "pale")
+    limited = {*probabilities, *(f"object_view.{name}" for name in object_probabilities)}
+    for name, value in flatten(augment).items():
+        key = f"config.data.augment.{name}"
+        if isinstance(value, tuple) and not 0 < value[0] <= value[1]:
+            if name != "object_view.saturation" or not 0 <= value[0] <= value[1]:
+                raise ConfigError(f"{key} must be (low, high) with 0 < low <= high, got {value}")
+        elif isinstance(value, float) and value < 0:
+            raise ConfigError(f"{key} must be 0 or more, got {value}")
+        elif name in limited and value > 1:
+            raise ConfigError(f"{key} is a probability, at most 1, got {value}")
+    if augment.object_view.scale[1] > 1 or augment.crop_scale[1] > 1:
+        raise ConfigError(
+            "config.data.augment.crop_scale and object_view.scale are shares, at most 1, got "
+            f"{augment.crop_scale} and {augment.object_view.scale}"
+        )
 
 
 def _check_steps(config: ExperimentConfig) -> None:

@@ -87,6 +87,7 @@ class Evaluator:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             num_threads=config.data.num_threads,
+            framing=config.data.framing,
         )
         image_NE = embedder.embed(image_batches, name="image", num_samples=len(texts))
         context_length = model.text.context_length

@@ -39,7 +39,7 @@ def write_run_report(
     gallery = confusions = similarity = None
     if results:
         name, result = next(iter(results.items()))
-        gallery, confusions, similarity = _pictures(name, result, config.seed)
+        gallery, confusions, similarity = _pictures(name, result, config)
     report = Report(
         title=f"{config.name}: a CLIP, trained and tested",
         summary=_summary(config, results),
@@ -57,7 +57,7 @@ def write_run_report(
 
 
 def _pictures(
-    name: str, result: SetResult, seed: int
+    name: str, result: SetResult, config: ExperimentConfig
 ) -> tuple[Gallery, list[Confusion], Similarity]:
     num = len(result.captions)
     chosen = np.linspace(0, num - 1, min(num, _MAX_PICTURES)).round().astype(int)
@@ -65,14 +65,14 @@ def _pictures(
     captions = [result.captions[i] for i in chosen]
     pictures = [decode_image(result.source[int(i)].image) for i in chosen]
     top_images, top_scores = top_keys(text_NE, image_NE, 8)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(config.seed)
     # Hits and misses as they fall: a gallery of hits alone would flatter.
     featured = rng.permutation(len(chosen))[:_NUM_FEATURED]
     gallery = Gallery(
         name=name,
         description=result.config.description
         + (f" Every {num / len(chosen):.1f}th of {num:,} pairs." if len(chosen) < num else ""),
-        images=np.stack([evaluation_image(picture, _THUMBNAIL) for picture in pictures]),
+        images=np.stack([evaluation_image(p, _THUMBNAIL, config.data.framing) for p in pictures]),
         captions=captions,
         top_images=top_images,
         top_scores=top_scores,

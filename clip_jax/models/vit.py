@@ -71,6 +71,7 @@ class ConvStem(nnx.Module):
                 widths[i + 1],
                 (3, 3),
                 strides=config.stem_strides[i],
+                padding=1,
                 use_bias=False,
                 kernel_init=nnx.initializers.he_normal(),
                 dtype=execution.dtype,

@@ -132,7 +132,7 @@ def _forward(
         weight_b = pairs.weights
         if weight_b is None:
             weight_b = differing(scale)(jnp.ones(image_bE.shape[0], jnp.float32))
-        coefficients = Coefficients(weight=weight_b)
+        coefficients = Coefficients(factor=weight_b)
     sweep = _sweep(terms, layout, scale, bias, with_statistics=True, with_gradient=one_round)
     rows, columns = _blocks(layout, image_bE, text_bE, pairs.labels, coefficients, coefficients)
     sides = _round(sweep, layout, rows, columns)

@@ -40,11 +40,17 @@ class Statistics(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """What turns a logit into its gradient, of each row; the pair's weight is inside."""
+    """What turns a logit l into its gradient, of each row; the pair's weight is inside.
 
-    weight: Array | None = None  # sigmoid without beta; None: 1
-    negative_shift: Array | None = None  # what the exponent of a negative is less
-    positive_shift: Array | None = None  # likewise of a further positive
+    A negative's is factor exp(power (l - shift)), for a sigmoid times sigmoid(l). The shift is the
+    row's largest logit and not its log-sum-exp, whose rounding at scale 100 would be an error of
+    4e-6 in every gradient of the row.
+    """
+
+    factor: Array
+    shift: Array | None = None  # None: the exponential is 1 (sigmoid without beta)
+    further_factor: Array | None = None  # likewise of a further positive
+    further_shift: Array | None = None
     pull: Array | None = None  # share of each positive in the target
     uniform: Array | None = None  # share of every candidate in the target: label smoothing
 
@@ -203,21 +209,17 @@ def finish(
     best_b = own_b if further is None else jnp.maximum(own_b, further.largest)
     right_b = best_b > negatives.largest
     num_positives_b = jnp.ones_like(own_b) if num_further_b is None else 1 + num_further_b
-    # log of the factor that makes the hardness weights of a row average one over its negatives
-    log_factor_b = jnp.zeros_like(own_b)
+    # Scales the sums of hardness-weighted terms so that a row's weights have mean one.
+    log_hardness_b = jnp.zeros_like(own_b)
     if negatives.hardness is not None:
-        log_factor_b = _where_any(
-            negatives.hardness,
-            jnp.log(num_negatives_b) - terms.beta * negatives.largest - jnp.log(negatives.hardness),
-            0.0,
-        )
+        log_hardness_b = jnp.log(num_negatives_b) - jnp.log(negatives.hardness)
     if terms.kind == "softmax":
         loss_b, slope_b, diagonal_b, coefficients = _finish_softmax(
-            terms, statistics, own_b, weight_b, num_negatives_b, num_positives_b, log_factor_b
+            terms, statistics, own_b, weight_b, num_negatives_b, num_positives_b, log_hardness_b
         )
     else:
         loss_b, slope_b, diagonal_b, coefficients = _finish_sigmoid(
-            terms, statistics, own_b, own_cosine_b, weight_b, num_positives_b, log_factor_b
+            terms, statistics, own_b, own_cosine_b, weight_b, num_positives_b, log_hardness_b
         )
     return Outcome(
         weight_b * loss_b, weight_b * slope_b, weight_b * diagonal_b, right_b, coefficients
@@ -231,46 +233,47 @@ def _finish_softmax(
     weight_b: Array,
     num_negatives_b: Array,
     num_positives_b: Array,
-    log_factor_b: Array,
+    log_hardness_b: Array,
 ) -> tuple[Array, Array, Array, Coefficients]:
     negatives, further = statistics
-    # log of the sum over all candidates but the own pair
-    log_negatives_b = _log_sum(negatives, 1 + terms.beta) + log_factor_b
-    log_others_b = log_negatives_b
-    further_cosine_b = jnp.zeros_like(own_b)
+    # Logs of sums over candidates, each less the own logit: -log p(own) = softplus(gap) keeps the
+    # digits that log-sum-exp less the own logit loses.
+    negatives_b = _log_sum_less(negatives, own_b) + log_hardness_b
+    negatives_b = jnp.where(negatives.total == 0, -jnp.inf, negatives_b)
+    gap_b = negatives_b
     if further is not None:
-        log_others_b = jnp.logaddexp(log_negatives_b, _log_sum(further, 1.0))
-        assert further.cosine_sum is not None
-        further_cosine_b = further.cosine_sum
-    # -log p(own) = softplus(gap) keeps the digits that log-sum-exp less the own logit loses.
-    gap_b = log_others_b - own_b
-    surprise_b = jax.nn.softplus(gap_b)
-    log_norm_b = own_b + surprise_b
-    uniform_b = terms.label_smoothing / (num_positives_b + num_negatives_b)
-    pull_b = (1 - terms.label_smoothing) / num_positives_b
-    loss_b = surprise_b
+        further_b = _log_sum_less(further, own_b)
+        gap_b = jnp.logaddexp(negatives_b, further_b)
+    loss_b = jax.nn.softplus(gap_b)
     diagonal_b = -jax.nn.sigmoid(gap_b)
-    slope_b = jnp.exp(log_negatives_b - log_norm_b) * _mean(negatives)
+    share_b = -diagonal_b if further is None else jnp.exp(negatives_b - loss_b)
+    factor_b = share_b / _not_zero(negatives.total)
+    slope_b = factor_b * negatives.slope
+    coefficients = Coefficients(factor=weight_b * factor_b, shift=negatives.largest)
+    pull_b = (1 - terms.label_smoothing) / num_positives_b
+    uniform_b = terms.label_smoothing / (num_positives_b + num_negatives_b)
+    further_cosine_b = candidates_b = jnp.zeros_like(own_b)
     if further is not None:
-        slope_b += jnp.exp(_log_sum(further, 1.0) - log_norm_b) * _mean(further)
+        assert further.cosine_sum is not None
+        further_cosine_b = candidates_b = further.cosine_sum
+        factor_b = jnp.exp(further_b - loss_b) / _not_zero(further.total)
+        slope_b += factor_b * further.slope
+        coefficients = coefficients._replace(
+            further_factor=weight_b * factor_b,
+            further_shift=further.largest,
+            pull=weight_b * pull_b,
+        )
+    if terms.label_smoothing:
+        assert negatives.cosine_sum is not None
+        candidates_b = further_cosine_b + negatives.cosine_sum
+        coefficients = coefficients._replace(uniform=weight_b * uniform_b)
     if further is not None or terms.label_smoothing:
-        candidates_b = further_cosine_b
-        if negatives.cosine_sum is not None:
-            candidates_b = further_cosine_b + negatives.cosine_sum
         rest_b = 1 - pull_b - uniform_b  # of the target, for the others than the own pair
         others_b = pull_b * further_cosine_b + uniform_b * candidates_b
         loss_b += rest_b * own_b - others_b
         diagonal_b += rest_b
         slope_b -= others_b
-    slope_b += diagonal_b * own_b
-    log_weight_b = jnp.log(weight_b)  # -inf for padding: its gradients become exp(-inf)
-    coefficients = Coefficients(
-        negative_shift=log_norm_b - log_factor_b - log_weight_b,
-        positive_shift=None if further is None else log_norm_b - log_weight_b,
-        pull=None if further is None else weight_b * pull_b,
-        uniform=weight_b * uniform_b if terms.label_smoothing else None,
-    )
-    return loss_b, slope_b, diagonal_b, coefficients
+    return loss_b, slope_b + diagonal_b * own_b, diagonal_b, coefficients
 
 
 def _finish_sigmoid(
@@ -280,29 +283,24 @@ def _finish_sigmoid(
     own_cosine_b: Array,
     weight_b: Array,
     num_positives_b: Array,
-    log_factor_b: Array,
+    log_hardness_b: Array,
 ) -> tuple[Array, Array, Array, Coefficients]:
     negatives, further = statistics
-    total_b, slope_b = negatives.total, negatives.slope
+    factor_b, shift_b = jnp.ones_like(own_b), None
     if negatives.hardness is not None:
-        # exp(log_factor + beta largest), written so that neither overflows
-        factor_b = jnp.exp(log_factor_b + terms.beta * jnp.where(
-            negatives.hardness == 0, 0.0, negatives.largest))  # fmt: skip
-        total_b, slope_b = total_b * factor_b, slope_b * factor_b
+        factor_b = jnp.where(negatives.hardness == 0, 0.0, jnp.exp(log_hardness_b))
+        shift_b = negatives.largest
+    coefficients = Coefficients(factor=weight_b * factor_b, shift=shift_b)
     pull_b = 1 / num_positives_b
     positive_loss_b = jax.nn.softplus(-own_b)
     diagonal_b = -pull_b * jax.nn.sigmoid(-own_b)
-    slope_b += diagonal_b * own_cosine_b
+    slope_b = factor_b * negatives.slope + diagonal_b * own_cosine_b
     if further is not None:
         positive_loss_b += further.total
         slope_b -= pull_b * further.slope
-    shift_b = None if negatives.hardness is None else -log_factor_b - jnp.log(weight_b)
-    coefficients = Coefficients(
-        weight=weight_b if shift_b is None else None,
-        negative_shift=shift_b,
-        pull=None if further is None else weight_b * pull_b,
-    )
-    return total_b + pull_b * positive_loss_b, slope_b, diagonal_b, coefficients
+        coefficients = coefficients._replace(pull=weight_b * pull_b)
+    loss_b = factor_b * negatives.total + pull_b * positive_loss_b
+    return loss_b, slope_b, diagonal_b, coefficients
 
 
 def tile_gradient(
@@ -315,23 +313,18 @@ def tile_gradient(
         assert of_J is not None
         return of_I[:, None] + of_J[None, :]
 
-    def exponentials(
-        power: float, logits_IJ: Array, of_I: Array | None, of_J: Array | None
-    ) -> Array:
-        assert of_I is not None
-        assert of_J is not None
-        row_IJ = jnp.exp(power * logits_IJ - of_I[:, None])
-        return row_IJ + jnp.exp(power * logits_IJ - of_J[None, :])
+    def one(logits_IJ: Array, power: float, factor: Array | None, shift: Array | None) -> Array:
+        assert factor is not None
+        return factor if shift is None else factor * jnp.exp(power * (logits_IJ - shift))
 
-    shifts = (rows.negative_shift, columns.negative_shift)
-    if terms.kind == "softmax":
-        gradient_IJ = exponentials(1 + terms.beta, tile.negative, *shifts)
-    else:
-        gradient_IJ = jax.nn.sigmoid(tile.negative)
-        if terms.beta:
-            gradient_IJ *= exponentials(terms.beta, tile.negative, *shifts)
-        else:
-            gradient_IJ *= both(rows.weight, columns.weight)
+    softmax = terms.kind == "softmax"
+    power = 1 + terms.beta if softmax else terms.beta
+    row_I1 = jax.tree.map(lambda c: c[:, None], rows)
+    column_1J = jax.tree.map(lambda c: c[None, :], columns)
+    gradient_IJ = one(tile.negative, power, row_I1.factor, row_I1.shift)
+    gradient_IJ += one(tile.negative, power, column_1J.factor, column_1J.shift)
+    if not softmax:
+        gradient_IJ *= jax.nn.sigmoid(tile.negative)
     if terms.label_smoothing:
         uniform_IJ = both(rows.uniform, columns.uniform)
         if tile.is_negative is not None:
@@ -340,8 +333,9 @@ def tile_gradient(
     if tile.further is None or tile.is_further is None:
         return gradient_IJ
     pull_IJ = both(rows.pull, columns.pull)
-    if terms.kind == "softmax":
-        further_IJ = exponentials(1.0, tile.further, rows.positive_shift, columns.positive_shift)
+    if softmax:
+        further_IJ = one(tile.further, 1.0, row_I1.further_factor, row_I1.further_shift)
+        further_IJ += one(tile.further, 1.0, column_1J.further_factor, column_1J.further_shift)
         further_IJ -= pull_IJ
         if terms.label_smoothing:
             further_IJ -= both(rows.uniform, columns.uniform)
@@ -350,15 +344,11 @@ def tile_gradient(
     return gradient_IJ + jnp.where(tile.is_further, further_IJ, 0)
 
 
-def _log_sum(sums: Sums, power: float) -> Array:
-    """log of the sum of exp(power l); -inf of none."""
-    return _where_any(sums.total, power * sums.largest + jnp.log(sums.total), -jnp.inf)
+def _log_sum_less(sums: Sums, own_b: Array) -> Array:
+    """log of the sum of exp(l - own); -inf of none."""
+    # For hardness-weighted negatives beta x largest is left out here and in their normaliser.
+    return (sums.largest - own_b) + jnp.log(sums.total)
 
 
-def _mean(sums: Sums) -> Array:
-    return sums.slope / jnp.where(sums.total == 0, 1.0, sums.total)
-
-
-def _where_any(total_b: Array, value_b: Array, otherwise: float) -> Array:
-    # `== 0`, not `> 0`: a NaN total must go on as NaN, for the step's finite guard to see.
-    return jnp.where(total_b == 0, otherwise, value_b)
+def _not_zero(total_b: Array) -> Array:
+    return jnp.where(total_b == 0, 1.0, total_b)

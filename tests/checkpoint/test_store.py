@@ -67,7 +67,7 @@ def test_misfits_and_missing_steps_are_one_line(saved, tmp_path):
     other = abstract._replace(
         step=jax.ShapeDtypeStruct((3,), jnp.int32, sharding=abstract.step.sharding)
     )
-    with pytest.raises(UserError, match="cannot be restored: .*shape") as caught:
+    with pytest.raises(UserError, match=r"cannot be restored: .*shape") as caught:
         store.restore(other)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"no checkpoint of step 3 .*there are \[4, 8, 10\]"):

@@ -64,7 +64,11 @@ def test_the_small_config_is_valid():
         ({"data__sources__pairs__path": ""}, "config.data.sources.pairs.path is empty"),
         ({"data__sources__pairs__weight": 0}, "weight must be positive"),
         ({"data__tokenizer__kind": "file"}, "config.data.tokenizer.path is empty"),
-        ({"data__augment__crop_scale": [0.9, 0.5]}, "crop_scale"),
+        ({"data__augment__crop_scale": [0.9, 0.5]}, "crop_scale must be (low, high) with 0 < low"),
+        ({"data__augment__crop_scale": [0.9, 1.5]}, "are shares, at most 1"),
+        ({"data__augment__object_view__pale": 1.5}, "object_view.pale is a probability, at most 1"),
+        ({"data__augment__hue": -0.1}, "data.augment.hue must be 0 or more"),
+        ({"data__sources__pairs__first_caption": 2.0}, "first_caption must be between 0 and 1"),
         ({"evaluation__sets": {"a": {"path": "x", "templates": ["photo"]}}}, "contain {}"),
     ],
 )

@@ -18,7 +18,10 @@ def unit_rows(batch: int, embed_dim: int, *, seed: int) -> np.ndarray:
 
 
 def random_pairs(batch: int, embed_dim: int, *, aligned: bool = False) -> dict[str, np.ndarray]:
-    """Embeddings, ids with duplicates on both sides, and weights with padding at the end."""
+    """Embeddings, ids with duplicates on both sides, and weights with padding at the end.
+
+    float64 arrays of float32 numbers: the oracle and the loss under test get the same ones.
+    """
     generator = np.random.default_rng(7)
     image = unit_rows(batch, embed_dim, seed=0)
     text = unit_rows(batch, embed_dim, seed=1)
@@ -28,9 +31,9 @@ def random_pairs(batch: int, embed_dim: int, *, aligned: bool = False) -> dict[s
     weights = generator.uniform(0.5, 2, batch)
     weights[-batch // 8 :] = 0
     return {
-        "image": image,
-        "text": text,
-        "weights": weights,
+        "image": image.astype(np.float32).astype(np.float64),
+        "text": text.astype(np.float32).astype(np.float64),
+        "weights": weights.astype(np.float32).astype(np.float64),
         "image_ids": generator.integers(0, batch // 2, batch).astype(np.int32),
         "text_ids": generator.integers(0, 2 * batch, batch).astype(np.int32),
     }

@@ -217,7 +217,7 @@ def _warn_without_end(
 
 
 class _WindowedReader:
-    """A `pread(num_bytes, offset)` that reads ahead a little: fewer system calls on small members."""
+    """A `pread(num_bytes, offset)` that reads ahead a little: fewer system calls."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor

@@ -1,0 +1,1 @@
+"""State, optimizer, step, telemetry, and the loop."""
