@@ -57,6 +57,7 @@ class ModelConfig:
     embed_dim: int = 512
     logit_scale_init: float = 1 / 0.07  # the multiplier, not its logarithm
     logit_scale_max: float = 100.0
+    logit_bias_init: float | None = None  # None: no bias; SigLIP: -10, with a scale of 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +149,21 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The contrastive loss over the global batch; `clip_jax.objectives.contrastive_loss`."""
+
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+    # Pairs with equal captions (token by token), or equal `image_id` where the batch has one:
+    # each other's negatives (ignore), left out (exclude), or further positives (positive).
+    duplicates: Literal["ignore", "exclude", "positive"] = "ignore"
+    beta: float = 0.0  # concentration of hardness-weighted negatives; 0: all weigh one
+    label_smoothing: float = 0.0  # softmax only
+    product_dtype: Literal["float32", "bfloat16"] = "float32"  # summed in float32
+    tile_size: int | None = None  # rows of logits held at a time; None: from the shapes
+    bidirectional: bool = False  # text blocks travel both ways round the ring
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     name: Literal["adamw"] = "adamw"
     learning_rate: float = 5e-4  # peak
@@ -213,6 +229,7 @@ class ExperimentConfig:
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass computes again
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -226,6 +243,8 @@ MAY_CHANGE_ON_RESUME = (
     "mesh",
     "microbatches",
     "remat",
+    "loss.tile_size",
+    "loss.bidirectional",
     "data.num_workers",
     "data.num_threads",
     "data.prefetch_batches",

@@ -29,6 +29,7 @@ _POSITIVE = (
     "model.text.num_heads",
     "model.text.mlp_ratio",
     "model.text.layer_norm_epsilon",
+    "loss.tile_size",
     "data.num_threads",
     "data.prefetch_batches",
     "optimizer.learning_rate",
@@ -43,6 +44,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "seed",
     "data.num_workers",
+    "loss.beta",
     "optimizer.weight_decay",
     "schedule.warmup_steps",
     "evaluation.every_steps",
@@ -60,6 +62,7 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     _check_range(flat, _NOT_NEGATIVE, lambda v: v >= 0, "0 or more")
     _check_range(flat, _SHARES, lambda v: 0 <= v <= 1, "between 0 and 1")
     _check_model(config.model)
+    _check_loss(config)
     _check_data(config)
     _check_steps(config)
     if sum(size == -1 for size in config.mesh) > 1 or any(s < 1 and s != -1 for s in config.mesh):
@@ -142,6 +145,28 @@ def _check_model(model: ModelConfig) -> None:
             f"{model.text.vocab_size} tokens"
         )
     _check_image(model.image)
+
+
+def _check_loss(config: ExperimentConfig) -> None:
+    loss, bias = config.loss, config.model.logit_bias_init
+    if not 0 <= loss.label_smoothing < 1:
+        raise ConfigError(
+            f"config.loss.label_smoothing must be 0 or more and below 1, got {loss.label_smoothing}"
+        )
+    if loss.kind == "sigmoid" and loss.label_smoothing:
+        raise ConfigError(
+            f"config.loss.label_smoothing {loss.label_smoothing} has no meaning for kind 'sigmoid'"
+        )
+    if loss.kind == "sigmoid" and bias is None:
+        raise ConfigError(
+            "config.loss.kind 'sigmoid' needs a bias: config.model.logit_bias_init=-10.0 and "
+            "config.model.logit_scale_init=10.0 as in SigLIP"
+        )
+    if loss.kind == "softmax" and bias is not None:
+        raise ConfigError(
+            f"config.model.logit_bias_init {bias} is never learned under config.loss.kind "
+            "'softmax', which is blind to it; leave it out"
+        )
 
 
 def _check_image(image: ImageTowerConfig) -> None:

@@ -18,6 +18,9 @@ from clip_jax.data.transforms import Framing
 from clip_jax.data.workers import WorkerEnvironment
 
 
+_MAX_TOKENIZER_SAMPLES = 200_000  # of a source: the merges of a BPE have long settled by then
+
+
 class BatchIterator(Iterator[Batch]):
     """Batches that are being made ahead of time. Close it to end the threads and workers.
 
@@ -153,10 +156,18 @@ def captions(source: Source) -> list[str]:
 
 
 def training_captions(sources: Mapping[str, Source]) -> Iterator[str]:
-    """All captions of all sources, by name of source: what a tokenizer is trained on."""
+    """What a tokenizer is trained on: captions of up to 200,000 samples of each source.
+
+    Evenly spread over the source, in the order of the sources' names. Bad samples are passed over:
+    the pipeline reports them.
+    """
     for name in sorted(sources):
-        for row in range(len(sources[name])):
-            yield from _record_captions(sources[name], row)
+        stride = -(-len(sources[name]) // _MAX_TOKENIZER_SAMPLES)
+        for row in range(0, len(sources[name]), stride):
+            try:
+                yield from sources[name][row].captions
+            except (ValueError, OSError):
+                continue
 
 
 def sample_keys(

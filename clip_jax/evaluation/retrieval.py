@@ -38,16 +38,3 @@ def recalls(ranks_Q: np.ndarray, num_keys: int, at: Sequence[int] = (1, 5, 10)) 
         scores[f"R@{k}"] = float((ranks_Q < k).mean())
         scores[f"R@{k}/chance"] = min(k / num_keys, 1.0)
     return scores
-
-
-def top_keys(query_QE: np.ndarray, key_KE: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices and similarities [Q, num] of the best keys for each query, best first."""
-    num = min(num, len(key_KE))
-    indices_QK = np.empty((len(query_QE), num), np.int64)
-    scores_QK = np.empty((len(query_QE), num), np.float32)
-    for start, similarity_bK in similarity_blocks(query_QE, key_KE):
-        best_bK = np.argsort(-similarity_bK, axis=1, kind="stable")[:, :num]
-        stop = start + len(best_bK)
-        indices_QK[start:stop] = best_bK
-        scores_QK[start:stop] = np.take_along_axis(similarity_bK, best_bK, axis=1)
-    return indices_QK, scores_QK

@@ -15,7 +15,6 @@ from clip_jax.data.quickstart import ATTRIBUTION
 from clip_jax.data.transforms import decode_image, evaluation_image
 from clip_jax.evaluation.evaluate import SetResult
 from clip_jax.evaluation.report import Confusion, Gallery, Report, Score, Similarity, write_report
-from clip_jax.evaluation.retrieval import top_keys
 
 _MAX_PICTURES = 2000  # of the gallery: about 2 MB of page
 _THUMBNAIL = 56  # pixels
@@ -64,12 +63,18 @@ def _pictures(
     image_NE, text_NE = result.image_embeddings[chosen], result.text_embeddings[chosen]
     captions = [result.captions[i] for i in chosen]
     pictures = [decode_image(result.source[int(i)].image) for i in chosen]
-    top_images, top_scores = top_keys(text_NE, image_NE, 8)
+    similarity_NN = image_NE @ text_NE.T
+    # Ties count against the right picture, as they do in the scores.
+    np.fill_diagonal(similarity_NN, np.nextafter(similarity_NN.diagonal(), -2, dtype=np.float32))
+    top_images = np.argsort(-similarity_NN.T, axis=1, kind="stable")[:, :8]
+    top_scores = np.take_along_axis(similarity_NN.T, top_images, axis=1)
     rng = np.random.default_rng(config.seed)
     # Hits and misses as they fall: a gallery of hits alone would flatter.
     featured = rng.permutation(len(chosen))[:_NUM_FEATURED]
+    hit = top_images[featured, 0] == featured
+    featured = np.roll(featured, -int(hit.argmax()))  # but the first one shown is a hit
     gallery = Gallery(
-        name=name,
+        name=name.replace("_", " "),
         description=result.config.description
         + (f" Every {num / len(chosen):.1f}th of {num:,} pairs." if len(chosen) < num else ""),
         images=np.stack([evaluation_image(p, _THUMBNAIL, config.data.framing) for p in pictures]),
@@ -78,7 +83,6 @@ def _pictures(
         top_scores=top_scores,
         featured=[int(i) for i in featured],
     )
-    similarity_NN = image_NE @ text_NE.T
     return (
         gallery,
         _confusions(similarity_NN, captions),

@@ -35,6 +35,8 @@ class CLIP(nnx.Module):
         self.image_projection = _projection(config.image.width, config.embed_dim, rngs)
         self.text_projection = _projection(config.text.width, config.embed_dim, rngs)
         self.log_logit_scale = nnx.Param(jnp.float32(math.log(config.logit_scale_init)))
+        bias = config.logit_bias_init
+        self.logit_bias = None if bias is None else nnx.Param(jnp.float32(bias))
 
     def encode_image(self, image_inputs: Mapping[str, Array]) -> Array:
         """`image`: uint8 or normalised float [B, S, S, 3]. Unit-length float32 [B, E]."""

@@ -91,16 +91,19 @@ def contrastive_loss(
     # Ranks that hold the same rows become further places of the ring, each with a part of them.
     image_bE, text_bE, weights, image_ids, text_ids = _own_share(rows, replicated_axes)
     axes = ring_axes + replicated_axes
-    scale = jnp.asarray(logit_scale, jnp.float32)
-    bias = None
+    scale, bias = jnp.asarray(logit_scale, jnp.float32), None
+    plain_scale = lax.stop_gradient(scale)
     if kind == "sigmoid":
         bias = jnp.asarray(0.0 if logit_bias is None else logit_bias, jnp.float32)
 
     def total(x: Any) -> Any:
         return lax.psum(x, axes) if axes else x
 
-    num_pairs = jnp.float32(image_bE.shape[0])
     labels = Labels(image_ids, text_ids, None if weights is None else weights > 0)
+    inputs = (image_bE, text_bE, scale, bias, labels, weights, jnp.float32(image_bE.shape[0]))
+    # Of one kind for the ring: what differs over some axes makes all of it do so.
+    inputs = differing(inputs, lax.axis_index(axes) if axes else ())(inputs)
+    image_bE, text_bE, scale, bias, labels, weights, num_pairs = inputs
     num_valid = total(num_pairs if labels.valid is None else labels.valid.sum(dtype=jnp.float32))
     layout = Layout(
         axis_names=axes,
@@ -108,23 +111,23 @@ def contrastive_loss(
         product_dtype=jnp.dtype(product_dtype),
         bidirectional=bidirectional,
     )
-    # Of one kind for the ring: with what differs over some axes, all does.
-    ranks = lax.axis_index(axes) if axes else ()
-    inputs = (image_bE, text_bE, scale, bias, Pairs(labels, weights, num_valid))
-    inputs = differing(inputs, ranks)(inputs)
-    sums = local_sums(terms, layout, *inputs)
+    num_valid = differing(image_bE)(num_valid)
+    pairs = Pairs(labels, weights, num_valid)
+    sums = local_sums(terms, layout, image_bE, text_bE, scale, bias, pairs)
     # An all-padding batch has loss 0, not 0 / 0.
     weight_sum = total(num_pairs if weights is None else weights.sum())
     num_terms = jnp.where(weight_sum == 0, 1.0, weight_sum)
     loss = total(sums.loss) / (2 * num_terms)
     sums = lax.stop_gradient(total(sums))
-    scale = lax.stop_gradient(scale)
+    scaled_positives, scaled_negatives = (
+        plain_scale * jnp.maximum(number, 1) for number in (sums.num_positives, sums.num_negatives)
+    )
     return loss, {
         "image_to_text_accuracy": sums.image_right / num_terms,
         "text_to_image_accuracy": sums.text_right / num_terms,
-        "positive_similarity": sums.positive_cosine / (scale * jnp.maximum(sums.num_positives, 1)),
-        "negative_similarity": sums.negative_cosine / (scale * jnp.maximum(sums.num_negatives, 1)),
-        "logit_scale_gradient_norm": jnp.abs(sums.slope) / (2 * num_terms * scale),
+        "positive_similarity": sums.positive_cosine / scaled_positives,
+        "negative_similarity": sums.negative_cosine / scaled_negatives,
+        "logit_scale_gradient_norm": jnp.abs(sums.slope) / (2 * num_terms * plain_scale),
     }
 
 

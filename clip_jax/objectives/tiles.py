@@ -22,9 +22,9 @@ from clip_jax.objectives.statistics import (
 )
 from clip_jax.objectives.terms import Array, Labels, Terms, part
 
-# Below 256 a tile's product is too small to pay for the loop; above 4096 nothing is gained, since
+# Below 512 a tile's product is too small to pay for the loop; above 4096 nothing is gained, since
 # a tile's own traffic (its logits) outweighs that of the embeddings it reads.
-_SMALLEST, _LARGEST = 256, 4096
+_SMALLEST, _LARGEST = 512, 4096
 
 
 class Block(NamedTuple):
@@ -58,12 +58,12 @@ class Sweep(NamedTuple):
 def choose_tile_size(num_rows: int, embed_dim: int) -> int:
     """Side of the square tiles for a device's `num_rows` pairs.
 
-    A tile takes no more memory than the local embeddings of one tower do (float32 both), so the
+    A tile takes at most half the memory of one tower's local embeddings (float32 both), so the
     whole stays linear in the local batch. A side that divides the rows and fills the lanes of a
     TPU (128) comes first. Else tiles are of equal size, a multiple of 8; the rows that the last
     one shares with its neighbour, fewer than 8 per tile, are computed twice.
     """
-    at_most = min(max(math.isqrt(num_rows * embed_dim), _SMALLEST), _LARGEST)
+    at_most = min(max(math.isqrt(num_rows * embed_dim // 2), _SMALLEST), _LARGEST)
     if num_rows <= at_most:
         return num_rows
     for size in range(at_most - at_most % 128, at_most // 2, -128):

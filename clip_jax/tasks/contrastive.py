@@ -1,8 +1,9 @@
-"""Contrastive pretraining of two towers: the exact softmax loss over the global batch.
+"""Contrastive pretraining of two towers: the exact loss over the global batch.
 
-Shape suffixes: B global batch, E embedding width, k microbatches.
+Shape suffixes: B global batch, b rows of one device, L tokens, E embedding width, k microbatches.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from clip_jax.config import ExperimentConfig
 from clip_jax.models import CLIP, Execution, forward_flops
-from clip_jax.objectives import softmax_contrastive_loss
+from clip_jax.objectives import contrastive_loss
 from clip_jax.parallel import BATCH_AXES
 from clip_jax.tasks.task import Tree
 
@@ -59,17 +60,45 @@ class ContrastiveTask:
         model = self.model(params)
         image_BE, text_BE = self._encode(model, batch)
         logit_scale = model.logit_scale()
-        rows = PartitionSpec(BATCH_AXES)
+        logit_bias = None if model.logit_bias is None else model.logit_bias[...]
+        config = self.config.loss
+        labels = _labels(batch, with_ids=config.duplicates != "ignore")
+        # The ranks of the tensor axis hold the same rows: they share them where they divide.
+        rows_per_device = len(image_BE) // math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+        shares = rows_per_device % self.mesh.shape["tensor"] == 0
+
+        def local_loss(
+            image_bE: Array, text_bE: Array, scale: Array, bias: Any, labels: dict[str, Array]
+        ) -> tuple[Array, dict[str, Array]]:
+            return contrastive_loss(
+                image_bE,
+                text_bE,
+                scale,
+                bias,
+                kind=config.kind,
+                axis_names=BATCH_AXES,
+                replicated_axis_names=("tensor",) if shares else (),
+                duplicates="positive" if config.duplicates == "positive" else "exclude",
+                beta=config.beta,
+                label_smoothing=config.label_smoothing,
+                product_dtype=config.product_dtype,
+                tile_size=config.tile_size,
+                bidirectional=config.bidirectional,
+                **labels,
+            )
+
+        rows, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
         sharded_loss = jax.shard_map(
-            lambda image_bE, text_bE, scale: softmax_contrastive_loss(
-                image_bE, text_bE, scale, axis_names=BATCH_AXES
-            ),
+            local_loss,
             mesh=self.mesh,
-            in_specs=(rows, rows, PartitionSpec()),
-            out_specs=PartitionSpec(),
+            in_specs=(rows, rows, whole, whole, rows),
+            out_specs=whole,
         )
-        loss, metrics = sharded_loss(image_BE, text_BE, logit_scale)
-        return loss, (model_state, metrics | {"logit_scale": logit_scale})
+        loss, metrics = sharded_loss(image_BE, text_BE, logit_scale, logit_bias, labels)
+        metrics |= {"logit_scale": logit_scale}
+        if logit_bias is not None:
+            metrics |= {"logit_bias": logit_bias}
+        return loss, (model_state, metrics)
 
     def _encode(self, model: CLIP, batch: Mapping[str, Array]) -> tuple[Array, Array]:
         """Both towers' embeddings [B, E], in microbatches that are recomputed going backward."""
@@ -80,6 +109,15 @@ class ContrastiveTask:
         k = self.config.microbatches
         if k == 1:
             return encode(batch)
+        num_rows, num_devices = (
+            len(batch["image"]),
+            math.prod(self.mesh.shape[a] for a in BATCH_AXES),
+        )
+        if num_rows % (k * num_devices):
+            raise ValueError(
+                f"a batch of {num_rows} is not divisible by {k} microbatches x {num_devices} "
+                f"data-parallel devices = {k * num_devices}"
+            )
         # GradCache (Gao et al. 2021): only embeddings are kept, and autodiff runs each microbatch
         # again. Rows are dealt (B/k, k), so every device keeps the rows it has.
         by_microbatch = NamedSharding(self.mesh, PartitionSpec(None, BATCH_AXES))
@@ -124,3 +162,27 @@ class ContrastiveTask:
     def flops(self) -> int:
         """Three forward passes per sample: one forward, two backward. The loss is left out."""
         return 3 * sum(forward_flops(self.config.model))
+
+
+def _labels(batch: Mapping[str, Array], *, with_ids: bool) -> dict[str, Array]:
+    """What the batch tells of its pairs beside their contents: duplicates and weights."""
+    labels = {"weights": batch["weight"]} if "weight" in batch else {}
+    if with_ids:
+        labels["text_ids"] = _hash_rows(batch["tokens"])
+        if "image_id" in batch:
+            labels["image_ids"] = batch["image_id"]
+    return labels
+
+
+def _hash_rows(tokens_BL: Array) -> Array:
+    """int32 [B], equal for equal rows (FNV-1a, a token at a time).
+
+    Two different captions of a batch of 32,768 share one by chance in one batch of eight.
+    """
+
+    def mix(hash_B: Array, token_B: Array) -> tuple[Array, None]:
+        return (hash_B ^ token_B.astype(jnp.uint32)) * jnp.uint32(16777619), None
+
+    start_B = jnp.full(tokens_BL.shape[:1], 2166136261, jnp.uint32)
+    hash_B, _ = jax.lax.scan(mix, start_B, tokens_BL.T)
+    return jax.lax.bitcast_convert_type(hash_B, jnp.int32)

@@ -1,5 +1,6 @@
 """Where the numbers of a run go: metrics.jsonl, TensorBoard, Weights & Biases, a progress line."""
 
+import importlib.util
 import json
 import math
 import sys
@@ -20,6 +21,15 @@ from clip_jax.checkpoint import Workdir
 from clip_jax.config import ExperimentConfig, UserError, to_dict
 
 
+def check_logging(config: ExperimentConfig) -> None:
+    """Raises UserError where the config asks for a package that is not installed."""
+    if config.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            "config.logging.wandb_project is set but wandb is not installed: "
+            "pip install 'clip-jax-training[wandb]'"
+        )
+
+
 class MetricsWriter:
     """Writes each line of metrics to every place the config asks for."""
 
@@ -35,13 +45,8 @@ class MetricsWriter:
                 str(workdir.tensorboard), purge_step=first_step or None
             )
         if config.logging.wandb_project is not None:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError(
-                    "config.logging.wandb_project is set but wandb is not installed: "
-                    "pip install 'clip-jax-training[wandb]'"
-                ) from None
+            import wandb
+
             self._wandb = wandb.init(
                 project=config.logging.wandb_project,
                 name=workdir.path.name,

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import mesh_of, small_batch, small_config
+from small import mesh_of, small_batch, small_config, small_model
 
+from clip_jax.config import LossConfig
+from clip_jax.objectives import dense_softmax_contrastive_loss
 from clip_jax.parallel import to_global_batch
 from clip_jax.tasks import ContrastiveTask
 
@@ -132,3 +134,72 @@ def test_flops_are_what_xla_counts():
     counted = lowered.compile().cost_analysis()["flops"]
     analytic = config.global_batch_size * task.flops() / 3
     assert 1.0 <= counted / analytic < 1.12
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
+def test_four_microbatches_of_256_samples_have_the_gradients_of_one(mesh):
+    config = small_config(global_batch_size=256, remat="full")
+    batch = small_batch(config)
+    loss, _, gradients = loss_and_gradients(config, mesh_of(), batch)
+    split = dataclasses.replace(config, microbatches=4)
+    other, _, split_gradients = loss_and_gradients(split, mesh_of(*mesh), batch)
+    np.testing.assert_allclose(other, loss, rtol=1e-6)
+    norm = np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(gradients)))
+    difference = jax.tree.map(lambda a, b: np.sum((a - b) ** 2), split_gradients, gradients)
+    assert np.sqrt(sum(jax.tree.leaves(difference))) <= 1e-5 * norm
+
+
+def test_activation_memory_falls_with_the_microbatches():
+    config = small_config(global_batch_size=512)
+
+    def temporary_bytes(microbatches):
+        task = ContrastiveTask(dataclasses.replace(config, microbatches=microbatches), mesh_of())
+        params, _ = jax.eval_shape(task.init, jax.random.key(0))
+        gradient = jax.grad(
+            lambda p, b: task.loss(p, {}, b, rng=jax.random.key(0), step=jnp.int32(0))[0]
+        )
+        compiled = jax.jit(gradient).lower(params, task.batch_spec()).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    one, eight = temporary_bytes(1), temporary_bytes(8)
+    # What does not fall: embeddings and their gradients, and the float images of one batch.
+    assert eight < one / 4
+
+
+def test_a_batch_that_microbatches_do_not_divide_is_told():
+    config = small_config(microbatches=3)
+    with pytest.raises(ValueError, match="32 is not divisible by 3 microbatches x 2"):
+        loss_and_gradients(config, mesh_of(2), small_batch(config))
+
+
+def test_sigmoid_loss_learns_a_bias():
+    config = small_config(
+        model=small_model(logit_scale_init=10.0, logit_bias_init=-10.0),
+        loss=LossConfig(kind="sigmoid"),
+    )
+    loss, metrics, gradients = loss_and_gradients(config, mesh_of(2, 2, 2), small_batch(config))
+    assert metrics["logit_bias"] == -10
+    # Nearly all pairs are answered no by the bias alone: the positives pull it up.
+    assert gradients["logit_bias"] < 0
+    assert 0 < loss < 20
+
+
+def test_equal_captions_are_no_negatives():
+    config = small_config()
+    batch = small_batch(config)
+    batch["tokens"][1::2] = batch["tokens"][0]
+    weighted = batch | {"weight": np.ones(32, np.float32)}
+    ignore = loss_and_gradients(config, mesh_of(4), batch)[0]
+    exclude = dataclasses.replace(config, loss=LossConfig(duplicates="exclude"))
+    excluded = loss_and_gradients(exclude, mesh_of(4), weighted)[0]
+    assert excluded < ignore - 0.2  # 17 of 32 texts are the same one
+    task = ContrastiveTask(config, mesh_of())
+    params, _ = jax.jit(task.init)(jax.random.key(0))
+    embedded = jax.jit(lambda p, b: task.embed(p, {}, b))(params, batch)
+    dense, _ = dense_softmax_contrastive_loss(
+        embedded["image"],
+        embedded["text"],
+        config.model.logit_scale_init,
+        text_ids=jnp.where(jnp.arange(32) % 2 == 1, 0, jnp.arange(32)),
+    )
+    np.testing.assert_allclose(excluded, dense, rtol=1e-5)
