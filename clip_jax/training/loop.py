@@ -13,7 +13,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from clip_jax.checkpoint import CheckpointStore, Workdir, drop_metrics_after, read_metrics
-from clip_jax.config import ExperimentConfig, to_dict
+from clip_jax.config import ExperimentConfig, UserError, to_dict
 from clip_jax.data.pipeline import training_batches
 from clip_jax.data.sources import cache_dir, open_source
 from clip_jax.evaluation.evaluate import Evaluator, metrics_line
@@ -158,8 +158,14 @@ def train(
         pending: tuple[int, dict[str, jax.Array]] | None = None
         with _interrupts() as interrupted:
             for step in range(first_step + 1, config.num_steps + 1):
-                with clock.waiting(in_flight):
-                    batch = to_global_batch(next(batches), mesh)
+                try:
+                    with clock.waiting(in_flight):
+                        batch = to_global_batch(next(batches), mesh)
+                except UserError:
+                    # The data went bad on the way. Saving takes all processes: one alone would hang.
+                    if step - 1 > first_step and jax.process_count() == 1:
+                        save(step - 1)
+                    raise
                 with jax.transfer_guard("disallow"):
                     state, metrics = train_step(state, batch)
                 # Two steps in flight keep the device busy; more would only hold their batches.

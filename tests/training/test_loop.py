@@ -192,6 +192,30 @@ def test_a_tokenizer_that_does_not_fit_is_refused(config, tmp_path):
         train(other, Workdir(tmp_path / "run"))
 
 
+def test_data_that_goes_bad_on_the_way_loses_no_step(config, tmp_path):
+    """Every picture from the second epoch on is gone: the run ends with one line, saved."""
+    tar = write_tar(tmp_path / "pairs.tar", pairs(0, 40))
+    source = SourceConfig(path=str(tar))
+    data = dataclasses.replace(config.data, sources={"pairs": source}, on_bad_sample="fail")
+    # More steps than could be read ahead before the file is cut.
+    other = dataclasses.replace(config, data=data, num_steps=400)
+    workdir = Workdir(tmp_path / "run")
+
+    def cut() -> None:
+        while len(read_metrics(workdir.metrics)) < 3:
+            time.sleep(0.005)
+        os.truncate(tar, 512)
+
+    thread = threading.Thread(target=cut)
+    thread.start()
+    with pytest.raises(UserError, match=r"bad sample in data source 'pairs': .*pairs\.tar"):
+        train(other, workdir)
+    thread.join()
+    last = read_metrics(workdir.metrics)[-1]["step"]
+    assert 3 <= last < 400
+    assert CheckpointStore(workdir.checkpoints).latest_step() >= last
+
+
 def test_missing_evaluation_set_stops_before_training(config, tmp_path):
     sets = {"gone": EvalSetConfig(path=str(tmp_path / "gone.tar"))}
     other = dataclasses.replace(
