@@ -32,7 +32,7 @@ def get_config():
     return to_config_dict(
         ExperimentConfig(
             name="quickstart",
-            num_steps=1600,
+            num_steps=1800,
             global_batch_size=128,
             precision="float32",
             model=ModelConfig(
@@ -67,9 +67,9 @@ def get_config():
             data=DataConfig(
                 framing="object",
                 sources={
-                    "base": _split("base", 1.0),
-                    "outlined": _split("outlined", 1.0),
-                    "line_art": _split("line_art", 0.4),
+                    "base": _split("base", 0.3),
+                    "outlined": _split("outlined", 2.5),
+                    "line_art": _split("line_art", 0.8),
                     "skin_tones": _split("skin_tones", 0.1),
                     "flags": _split("flags", 0.1),
                 },
@@ -78,9 +78,9 @@ def get_config():
                         stretch=0.3, rotation=0.3, color=0.5, grayscale=0.08, pale=0.1, hue=0.15
                     )
                 ),
-                num_threads=1,
+                num_threads=2,
             ),
-            optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.1),
+            optimizer=OptimizerConfig(learning_rate=6e-4, weight_decay=0.1),
             schedule=ScheduleConfig(warmup_steps=50, end_fraction=0.01),
             evaluation=EvaluationConfig(
                 batch_size=128,
@@ -98,7 +98,7 @@ def get_config():
                     ),
                 },
             ),
-            checkpoint=CheckpointConfig(every_steps=400),
+            checkpoint=CheckpointConfig(every_steps=450),
             logging=LoggingConfig(every_steps=20),
         )
     )
