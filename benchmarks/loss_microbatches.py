@@ -67,10 +67,12 @@ def compiled_peak(config: ExperimentConfig) -> dict[str, Any]:
     return row
 
 
-def narrow(config: ExperimentConfig, width: int) -> ExperimentConfig:
-    """The same depths and sizes with towers `width` wide."""
+def narrow(config: ExperimentConfig, width: int, depth: int) -> ExperimentConfig:
+    """The same image and text sizes with towers `width` wide and `depth` deep."""
     towers = {
-        name: dataclasses.replace(getattr(config.model, name), width=width, num_heads=width // 64)
+        name: dataclasses.replace(
+            getattr(config.model, name), width=width, num_heads=width // 64, depth=depth
+        )
         for name in ("image", "text")
     }
     model = dataclasses.replace(config.model, name="narrow", embed_dim=width, **towers)
@@ -98,7 +100,8 @@ def real_steps(config: ExperimentConfig, num_steps: int) -> dict[str, Any]:
         seconds.append(round(time.perf_counter() - start, 1))
         print(f"loss {losses[-1]:.4f}, {seconds[-1]} s", flush=True)
     assert np.isfinite(losses).all()
-    return {"width": config.model.image.width, "losses": losses, "seconds": seconds}
+    image = config.model.image
+    return {"width": image.width, "depth": image.depth, "losses": losses, "seconds": seconds}
 
 
 def main() -> None:
@@ -110,6 +113,7 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, default=16)
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--depth", type=int, default=12)
     arguments = parser.parse_args()
     config = ExperimentConfig(
         model=preset(arguments.model),
@@ -128,7 +132,9 @@ def main() -> None:
     ]
     result = {"environment": environment(), "model": arguments.model, "rows": rows}
     if arguments.steps:
-        result["real"] = real_steps(narrow(config, arguments.width), arguments.steps)
+        result["real"] = real_steps(
+            narrow(config, arguments.width, arguments.depth), arguments.steps
+        )
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
 

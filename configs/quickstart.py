@@ -1,8 +1,8 @@
 """A CLIP of emoji in five minutes on two CPU cores: taught by one artist, tested on another.
 
-Trained on Twemoji pictures and their Unicode names, and on the same drawings with black outlines and
-as line art, because that is how other artists draw. Scored on OpenMoji, whose pictures it never
-sees, and on concepts that were held out. docs/lab-log.md has what was tried.
+Trained on Twemoji pictures and their Unicode names, and on the same drawings with black outlines
+and as line art, because that is how other artists draw. Scored on OpenMoji, whose pictures it
+never sees, and on concepts that were held out. docs/lab-log.md has what was tried.
 """
 
 from clip_jax.config import (

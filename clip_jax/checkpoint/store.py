@@ -57,7 +57,10 @@ class CheckpointStore:
     def metadata(self, step: int | None = None) -> dict[str, Any]:
         """What was saved beside the arrays of `step` (default: the latest)."""
         step = self._existing(step)
-        return self._checkpointer.checkpointables_metadata(step).custom_metadata
+        metadata = self._checkpointer.checkpointables_metadata(step).custom_metadata
+        if not isinstance(metadata, dict):
+            raise UserError(f"checkpoint {self._directory / str(step)} has lost its metadata")
+        return metadata
 
     def restore(self, abstract: Any, step: int | None = None) -> Any:
         """The arrays of `step` (default: the latest) in the shapes and shardings of `abstract`.
@@ -71,8 +74,12 @@ class CheckpointStore:
             # Checkpointer.load hides the cause of a misfit behind a NoEntryError.
             return ocp.load(path, abstract, checkpointable_name="state")
         except (ValueError, KeyError, TypeError, OSError) as error:
-            first_line = str(error).strip().splitlines()[0][:300]
-            raise UserError(f"checkpoint {path} cannot be restored: {first_line}") from error
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            older = [other for other in self.steps() if other < step]
+            remedy = f"; to go on from step {older[-1]}, delete it" if older else ""
+            raise UserError(
+                f"checkpoint {path} cannot be restored: {first_line}{remedy}"
+            ) from error
 
     def _existing(self, step: int | None) -> int:
         steps = self.steps()

@@ -1,10 +1,11 @@
 """The folder of a run: its config, tokenizer, metrics, checkpoints and report."""
 
+import fcntl
 import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from clip_jax.config import ExperimentConfig, UserError, load_json, to_json
 
@@ -25,10 +26,25 @@ class Workdir:
         return self.config.exists()
 
     def load_config(self) -> ExperimentConfig:
-        """The config of the run. Raises UserError where the folder holds none."""
+        """The config of the run. Raises UserError where the folder holds none, or a broken one."""
         if not self.exists():
             raise UserError(f"{self.path} is not the workdir of a run: it has no config.json")
         return load_json(self.config)
+
+    def lock(self) -> IO[str]:
+        """Keeps other processes from training here until the file is closed.
+
+        Raises UserError where one does already.
+        """
+        file = (self.path / ".lock").open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise UserError(
+                f"another process trains in {self.path}; wait for it or use another --workdir"
+            ) from None
+        return file
 
     def save_config(self, config: ExperimentConfig) -> None:
         write_atomically(self.config, to_json(config))
@@ -49,21 +65,33 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """The lines of a metrics.jsonl; a last line cut short by a crash is left out.
+
+    Raises UserError where another line is no metrics line: nothing is thrown away unseen.
+    """
     if not path.exists():
         return []
-    lines = []
-    for line in path.read_text().splitlines():
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(texts, start=1):
         try:
-            lines.append(json.loads(line))
+            line = json.loads(text)
         except json.JSONDecodeError:
-            break
+            line = None
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+        elif number < len(texts):
+            raise UserError(
+                f"{path} line {number} is not a metrics line: {text[:60]!r}; mend or remove it"
+            )
     return lines
 
 
 def drop_metrics_after(path: Path, step: int) -> None:
     """Keeps the lines up to `step`: what follows is computed again by the resumed run."""
-    lines = read_metrics(path)
-    kept = [line for line in lines if line["step"] <= step]
-    if path.exists():
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+    if not path.exists():
+        return
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    text = "".join(json.dumps(line) + "\n" for line in kept)
+    if text != path.read_text(encoding="utf-8", errors="replace"):
+        write_atomically(path, text)

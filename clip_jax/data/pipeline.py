@@ -17,7 +17,6 @@ from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.data.transforms import Framing
 from clip_jax.data.workers import WorkerEnvironment
 
-
 _MAX_TOKENIZER_SAMPLES = 200_000  # of a source: the merges of a BPE have long settled by then
 
 

@@ -3,29 +3,45 @@
 Shape suffixes: B global batch, E embedding width, N samples, L tokens.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from clip_jax.parallel import to_global_batch
+from clip_jax.parallel import batch_sharding, replicated, to_global_batch
+from clip_jax.tasks import Task
+
+_PLACES = ("mask", "index")
 
 
 class Embedder:
-    """A task's towers with fixed weights, run over batches.
+    """Runs a task's towers over batches. Each compiles once for each shape of batch."""
 
-    embed_batch: `Task.embed` with its weights bound, jitted with replicated results.
-    """
+    def __init__(self, task: Task, mesh: Mesh) -> None:
+        self._mesh = mesh
 
-    def __init__(
-        self, embed_batch: Callable[[Mapping[str, jax.Array]], dict[str, jax.Array]], mesh: Mesh
-    ) -> None:
-        self._embed_batch, self._mesh = embed_batch, mesh
+        def embed(params: Any, model_state: Any, batch: Mapping[str, jax.Array]) -> Any:
+            # Places travel with their rows: the mesh may order devices unlike processes.
+            places = {name: batch[name] for name in _PLACES}
+            return task.embed(params, model_state, batch) | places
+
+        # Replicated results: every process reads all rows without a further collective.
+        self._embed = jax.jit(
+            embed,
+            in_shardings=(None, None, batch_sharding(mesh)),
+            out_shardings=replicated(mesh),
+        )
 
     def embed(
-        self, batches: Iterable[Mapping[str, np.ndarray]], *, name: str, num_samples: int
+        self,
+        params: Any,
+        model_state: Any,
+        batches: Iterable[Mapping[str, np.ndarray]],
+        *,
+        name: str,
+        num_samples: int,
     ) -> np.ndarray:
         """float32 [N, E] of the tower `name` ('image' or 'text'), in the order of `index`.
 
@@ -35,22 +51,21 @@ class Embedder:
         result: np.ndarray | None = None
         seen = np.zeros(num_samples, bool)
         for batch in batches:
-            inputs = {k: v for k, v in batch.items() if k not in ("mask", "index")}
-            place = {k: np.asarray(batch[k]) for k in ("mask", "index")}
-            rows = self._embed_batch(to_global_batch(inputs, self._mesh))[name]
-            embeddings_BE = np.asarray(rows)
-            if jax.process_count() > 1:
-                place = multihost_utils.process_allgather(place, tiled=True)
-            mask_B, index_B = place["mask"], place["index"]
+            rows = self._embed(params, model_state, to_global_batch(dict(batch), self._mesh))
+            rows = jax.device_get(rows)
+            mask_B, embeddings_BE = rows["mask"], rows[name]
+            index_b = rows["index"][mask_B]
             if result is None:
                 result = np.zeros((num_samples, embeddings_BE.shape[1]), np.float32)
-            result[index_B[mask_B]] = embeddings_BE[mask_B]
-            seen[index_B[mask_B]] = True
+            result[index_b] = embeddings_BE[mask_B]
+            seen[index_b] = True
         assert result is not None, "no batches"
         assert seen.all(), f"{int((~seen).sum())} of {num_samples} samples were not embedded"
         return result
 
-    def embed_tokens(self, tokens_NL: np.ndarray, *, batch_size: int) -> np.ndarray:
+    def embed_tokens(
+        self, params: Any, model_state: Any, tokens_NL: np.ndarray, *, batch_size: int
+    ) -> np.ndarray:
         """float32 [N, E] of tokens that every process holds whole. batch_size: global."""
         num_samples = len(tokens_NL)
         num_local = batch_size // jax.process_count()
@@ -58,9 +73,9 @@ class Embedder:
 
         def batches() -> Iterable[dict[str, np.ndarray]]:
             for start in range(0, num_samples, batch_size):
-                index = start + first + np.arange(num_local)
+                index = (start + first + np.arange(num_local)).astype(np.int32)
                 mask = index < num_samples
                 index = np.where(mask, index, 0)
                 yield {"tokens": tokens_NL[index], "mask": mask, "index": index}
 
-        return self.embed(batches(), name="text", num_samples=num_samples)
+        return self.embed(params, model_state, batches(), name="text", num_samples=num_samples)

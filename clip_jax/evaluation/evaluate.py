@@ -4,7 +4,6 @@ Shape suffixes: N pairs of a set, E embedding width.
 """
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.retrieval import ranks, recalls
 from clip_jax.evaluation.zero_shot import class_embeddings, expected_top1
-from clip_jax.parallel import batch_sharding, replicated
 from clip_jax.tasks import Task
 
 
@@ -34,14 +32,14 @@ class SetResult:
     captions: list[str]
     image_embeddings: np.ndarray  # float32 [N, E], unit length
     text_embeddings: np.ndarray  # float32 [N, E], of the captions as they are
-    class_embeddings: np.ndarray | None  # float32 [N, E], of the captions in the prompts
 
 
 class Evaluator:
     """Scores every set of `config.evaluation`, on all devices of all processes.
 
     Opens the sets when it is made, so that a missing one stops a run before it trains. Raises
-    UserError for that. Each tower compiles once for all sets and calls.
+    UserError for that. Each tower compiles once for all sets and calls. A set smaller than its
+    `zero_shot_ways` is scored, and its metric named, with as many ways as it has pairs.
     """
 
     def __init__(
@@ -52,46 +50,47 @@ class Evaluator:
         mesh: Mesh,
         cache_dir: Path,
     ) -> None:
-        self._tokenizer, self._config, self._mesh = tokenizer, config, mesh
+        self._tokenizer, self._config = tokenizer, config
+        self._embedder = Embedder(task, mesh)
         self._sources = {
             name: open_source(eval_set, cache_dir)
             for name, eval_set in config.evaluation.sets.items()
         }
-        # Replicated results: every process reads all rows without a further collective.
-        self._embed = jax.jit(
-            task.embed,
-            in_shardings=(None, None, batch_sharding(mesh)),
-            out_shardings=replicated(mesh),
-        )
+        self._captions: dict[str, list[str]] = {}  # read at the first evaluation
 
     def __call__(self, params: Any, model_state: Any) -> dict[str, SetResult]:
         """Results by set, in the order of the config."""
-        embedder = Embedder(functools.partial(self._embed, params, model_state), self._mesh)
-        return {
-            name: self._evaluate_set(embedder, eval_set, self._sources[name])
-            for name, eval_set in self._config.evaluation.sets.items()
-        }
+        return {name: self._evaluate_set(name, params, model_state) for name in self._sources}
 
-    def _evaluate_set(
-        self, embedder: Embedder, eval_set: EvalSetConfig, source: WebdatasetSource
-    ) -> SetResult:
-        config, tokenizer = self._config, self._tokenizer
-        model, batch_size = config.model, config.evaluation.batch_size
-        texts = captions(source)
+    def _evaluate_set(self, name: str, params: Any, model_state: Any) -> SetResult:
+        config, source = self._config, self._sources[name]
+        eval_set, model = config.evaluation.sets[name], config.model
+        if name not in self._captions:
+            self._captions[name] = captions(source)
+        texts = self._captions[name]
+
+        def embed_texts(texts: list[str]) -> np.ndarray:
+            tokens = self._tokenizer(texts, model.text.context_length)
+            return self._embedder.embed_tokens(
+                params, model_state, tokens, batch_size=config.evaluation.batch_size
+            )
+
         image_batches = evaluation_batches(
             source,
             None,
             image_size=model.image.image_size,
             context_length=model.text.context_length,
-            batch_size=batch_size,
+            batch_size=config.evaluation.batch_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             num_threads=config.data.num_threads,
             framing=config.data.framing,
         )
-        image_NE = embedder.embed(image_batches, name="image", num_samples=len(texts))
-        context_length = model.text.context_length
-        text_NE = embedder.embed_tokens(tokenizer(texts, context_length), batch_size=batch_size)
+        with image_batches:
+            image_NE = self._embedder.embed(
+                params, model_state, image_batches, name="image", num_samples=len(texts)
+            )
+        text_NE = embed_texts(texts)
 
         own = np.arange(len(texts))
         metrics: dict[str, float] = {"num_pairs": float(len(texts))}
@@ -100,22 +99,14 @@ class Evaluator:
             ("image_to_text", image_NE, text_NE),
         ):
             scores = recalls(ranks(query_NE, key_NE, own), len(texts))
-            metrics |= {f"{direction}_{name}": value for name, value in scores.items()}
-        class_NE = None
+            metrics |= {f"{direction}_{metric}": value for metric, value in scores.items()}
         if eval_set.zero_shot_ways:
-            class_NE = class_embeddings(
-                embedder,
-                tokenizer,
-                texts,
-                eval_set.templates,
-                context_length=context_length,
-                batch_size=batch_size,
-            )
+            class_NE = class_embeddings(embed_texts, texts, eval_set.templates)
             ways = min(eval_set.zero_shot_ways, len(texts))
-            name = f"zero_shot_{eval_set.zero_shot_ways}way_top1"
-            metrics[name] = expected_top1(ranks(image_NE, class_NE, own), len(texts), ways)
-            metrics[f"{name}/chance"] = 1 / ways
-        return SetResult(eval_set, metrics, source, texts, image_NE, text_NE, class_NE)
+            metric = f"zero_shot_{ways}way_top1"
+            metrics[metric] = expected_top1(ranks(image_NE, class_NE, own), len(texts), ways)
+            metrics[f"{metric}/chance"] = 1 / ways
+        return SetResult(eval_set, metrics, source, texts, image_NE, text_NE)
 
 
 def metrics_line(results: dict[str, SetResult]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import os
 import platform
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,21 +29,23 @@ def write_run_report(
     config: ExperimentConfig,
     results: Mapping[str, SetResult],
     *,
+    step: int,
     num_parameters: int,
-) -> None:
-    """Writes `report.html` from metrics.jsonl and the results of the last evaluation.
+) -> Path:
+    """Writes the report of a run at `step`, from metrics.jsonl and the results of its evaluation.
 
-    The first set of the config is the one that can be searched.
+    That of the last step is `report.html`, another `report-step-N.html`. Returns its path. The
+    first set of the config is the one that can be searched.
     """
-    metrics = read_metrics(workdir.metrics)
+    metrics = [line for line in read_metrics(workdir.metrics) if line["step"] <= step]
     gallery = confusions = similarity = None
     if results:
         name, result = next(iter(results.items()))
         gallery, confusions, similarity = _pictures(name, result, config)
     report = Report(
         title=f"{config.name}: a CLIP, trained and tested",
-        summary=_summary(config, results),
-        run=_facts(config, metrics, num_parameters),
+        summary=_summary(config, results, step),
+        run=_facts(config, metrics, step, num_parameters),
         metrics=metrics,
         scores=_scores(results),
         gallery=gallery,
@@ -52,7 +55,10 @@ def write_run_report(
         environment=_environment(),
         attribution=_attribution(config),
     )
-    write_report(workdir.report, report)
+    last = step == config.num_steps
+    path = workdir.report if last else workdir.path / f"report-step-{step}.html"
+    write_report(path, report)
+    return path
 
 
 def _pictures(
@@ -129,10 +135,10 @@ def _scores(results: Mapping[str, SetResult]) -> list[Score]:
     ]
 
 
-def _summary(config: ExperimentConfig, results: Mapping[str, SetResult]) -> str:
-    samples = config.num_steps * config.global_batch_size
+def _summary(config: ExperimentConfig, results: Mapping[str, SetResult], step: int) -> str:
+    samples = step * config.global_batch_size
     sentence = (
-        f"Trained from scratch for {config.num_steps:,} steps of {config.global_batch_size} "
+        f"Trained from scratch for {step:,} steps of {config.global_batch_size} "
         f"image-text pairs ({samples:,} in all)"
     )
     if results:
@@ -146,12 +152,12 @@ def _summary(config: ExperimentConfig, results: Mapping[str, SetResult]) -> str:
 
 
 def _facts(
-    config: ExperimentConfig, metrics: list[dict[str, Any]], num_parameters: int
+    config: ExperimentConfig, metrics: list[dict[str, Any]], step: int, num_parameters: int
 ) -> dict[str, str | int | float]:
     facts: dict[str, str | int | float] = {
-        "steps": config.num_steps,
+        "steps": step,
         "global batch size": config.global_batch_size,
-        "samples seen": config.num_steps * config.global_batch_size,
+        "samples seen": step * config.global_batch_size,
         "parameters": num_parameters,
     }
     lines = [line for line in metrics if "loss" in line]

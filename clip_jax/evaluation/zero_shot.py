@@ -3,29 +3,22 @@
 Shape suffixes: N images, C classes, P prompts, E embedding width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from clip_jax.data.tokenizers import Tokenizer
-from clip_jax.evaluation.embedding import Embedder
-
 
 def class_embeddings(
-    embedder: Embedder,
-    tokenizer: Tokenizer,
+    embed_texts: Callable[[list[str]], np.ndarray],
     names: Sequence[str],
     templates: Sequence[str],
-    *,
-    context_length: int,
-    batch_size: int,
 ) -> np.ndarray:
-    """Unit-length float32 [C, E]: the mean over the prompts of each class's text embeddings."""
+    """Unit-length float32 [C, E]: the mean over the prompts of each class's text embeddings.
+
+    embed_texts: texts to unit-length float32 [len(texts), E].
+    """
     prompts = [template.replace("{}", name) for name in names for template in templates]
-    tokens = tokenizer(prompts, context_length)
-    embeddings_CPE = embedder.embed_tokens(tokens, batch_size=batch_size).reshape(
-        len(names), len(templates), -1
-    )
+    embeddings_CPE = embed_texts(prompts).reshape(len(names), len(templates), -1)
     mean_CE = embeddings_CPE.mean(axis=1)
     return mean_CE / np.maximum(np.linalg.norm(mean_CE, axis=1, keepdims=True), 1e-12)
 

@@ -54,11 +54,12 @@ class CLIP(nnx.Module):
 
 
 def _projection(width: int, embed_dim: int, rngs: nnx.Rngs) -> nnx.Linear:
-    # float32 whatever the towers compute in: it is a thousandth of the work and feeds the loss.
+    # Full float32 whatever the towers compute in: a thousandth of the work, and it feeds the loss.
     return nnx.Linear(
         width,
         embed_dim,
         use_bias=False,
         kernel_init=nnx.initializers.normal(width**-0.5),
+        precision=jax.lax.Precision.HIGHEST,
         rngs=rngs,
     )

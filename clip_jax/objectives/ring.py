@@ -110,8 +110,7 @@ def local_sums(
     shares (psum), or each device's gradient is of something else than its output.
     """
     sweep = _sweep(terms, layout, scale, bias, with_statistics=True)
-    rows, columns = _blocks(layout, image_bE, text_bE, pairs.labels)
-    sides = _round(sweep, layout, rows, columns)
+    sides = _round(sweep, layout, *_blocks(layout, image_bE, text_bE, pairs.labels))
     return _finish(terms, *sides, _own_cosines(image_bE, text_bE, scale), bias, pairs)[2]
 
 
@@ -124,21 +123,29 @@ def _forward(
     bias: Array | None,
     pairs: Pairs,
 ) -> tuple[LocalSums, _Saved | _Gradients]:
+    own_cosine_b = _own_cosines(image_bE, text_bE, scale)
     # Where a logit's gradient hangs on that logit alone, one round gives loss and gradients:
     # 6 B^2 E floating-point operations in place of 8.
-    one_round = terms.kind == "sigmoid" and not terms.beta and not terms.further_positives
-    coefficients = None
-    if one_round:
-        weight_b = pairs.weights
-        if weight_b is None:
-            weight_b = differing(scale)(jnp.ones(image_bE.shape[0], jnp.float32))
-        coefficients = Coefficients(factor=weight_b)
-    sweep = _sweep(terms, layout, scale, bias, with_statistics=True, with_gradient=one_round)
-    rows, columns = _blocks(layout, image_bE, text_bE, pairs.labels, coefficients, coefficients)
-    sides = _round(sweep, layout, rows, columns)
-    own_cosine_b = _own_cosines(image_bE, text_bE, scale)
+    if terms.kind == "sigmoid" and not terms.beta and not terms.further_positives:
+        assert bias is not None
+        weight_b = jnp.ones_like(own_cosine_b) if pairs.weights is None else pairs.weights
+        diagonal_b = -2 * weight_b * jax.nn.sigmoid(-own_cosine_b - bias)
+        saved = _Saved(
+            image_bE,
+            text_bE,
+            scale,
+            bias,
+            pairs.labels,
+            Coefficients(factor=weight_b),
+            Coefficients(factor=weight_b),
+            diagonal_b,
+        )
+        sides, gradients = _gradient_round(terms, layout, saved, 1.0, with_statistics=True)
+        return _finish(terms, *sides, own_cosine_b, bias, pairs)[2], gradients
+    sweep = _sweep(terms, layout, scale, bias, with_statistics=True)
+    sides = _round(sweep, layout, *_blocks(layout, image_bE, text_bE, pairs.labels))
     image, text, sums = _finish(terms, *sides, own_cosine_b, bias, pairs)
-    saved = _Saved(
+    return sums, _Saved(
         image_bE,
         text_bE,
         scale,
@@ -148,40 +155,59 @@ def _forward(
         text.coefficients,
         image.diagonal + text.diagonal,
     )
-    return sums, _gradients(saved, *sides) if one_round else saved
 
 
 def _backward(
     terms: Terms, layout: Layout, saved: _Saved | _Gradients, cotangent: LocalSums
 ) -> tuple[Array, Array, Array, Array | None, None]:
-    if isinstance(saved, _Saved):
-        sweep = _sweep(terms, layout, saved.scale, saved.bias, with_gradient=True)
-        rows, columns = _blocks(
-            layout, saved.image, saved.text, saved.labels, saved.rows, saved.columns
-        )
-        gradients = _gradients(saved, *_round(sweep, layout, rows, columns))
-    else:
-        gradients = saved
-    scaled = jax.tree.map(lambda gradient: cotangent.loss * gradient, gradients)
-    return (*scaled, None)
+    if isinstance(saved, _Gradients):
+        return (*jax.tree.map(lambda gradient: cotangent.loss * gradient, saved), None)
+    return (*_gradient_round(terms, layout, saved, cotangent.loss)[1], None)
 
 
 local_sums.defvjp(_forward, _backward)
 
 
-def _gradients(saved: _Saved, row_sums: Sides, column_sums: Sides) -> _Gradients:
-    """From the sums over tiles, and the own pairs that tiles leave out."""
+def _gradient_round(
+    terms: Terms,
+    layout: Layout,
+    saved: _Saved,
+    cotangent: Array | float,
+    *,
+    with_statistics: bool = False,
+) -> tuple[tuple[Sides, Sides], _Gradients]:
+    """The gradients, and the statistics on request, by one round of the ring."""
+    # Scaled vectors, and not scaled gradients: those would be two more arrays [b, E].
+    factor = cotangent * saved.scale
+
+    def scaled(coefficients: Coefficients) -> Coefficients:
+        linear = ("factor", "further_factor", "pull", "uniform")
+        values = {name: getattr(coefficients, name) for name in linear}
+        return coefficients._replace(
+            **{name: factor * value for name, value in values.items() if value is not None}
+        )
+
+    sweep = _sweep(
+        terms,
+        layout,
+        saved.scale,
+        saved.bias,
+        with_statistics=with_statistics,
+        with_gradient=True,
+    )
+    rows, columns = _blocks(
+        layout, saved.image, saved.text, saved.labels, scaled(saved.rows), scaled(saved.columns)
+    )
+    own_pairs = saved._replace(diagonal=factor * saved.diagonal)
+    sides = _round(sweep, layout, rows, columns, own_pairs)
+    row_sums, column_sums = sides
     assert row_sums.gradient is not None
     assert column_sums.gradient is not None
-    diagonal_b1 = saved.diagonal[:, None]
-    image_bE = row_sums.gradient + diagonal_b1 * saved.text
-    text_bE = column_sums.gradient + diagonal_b1 * saved.image
-    bias = None
-    if row_sums.gradient_sum is not None:
-        bias = jnp.sum(row_sums.gradient_sum + saved.diagonal)
     # A logit is scale x cosine, so the gradient of the scale needs no product of its own.
-    scale = jnp.sum(saved.image * image_bE)
-    return _Gradients(saved.scale * image_bE, saved.scale * text_bE, scale, bias)
+    scale, bias = jnp.sum(saved.image * row_sums.gradient) / saved.scale, None
+    if row_sums.gradient_sum is not None:
+        bias = jnp.sum(row_sums.gradient_sum) / saved.scale
+    return sides, _Gradients(row_sums.gradient, column_sums.gradient, scale, bias)
 
 
 def _own_cosines(image_bE: Array, text_bE: Array, scale: Array) -> Array:
@@ -196,11 +222,13 @@ def _blocks(
     rows: Coefficients | None = None,
     columns: Coefficients | None = None,
 ) -> tuple[Block, Block]:
-    dtype = layout.product_dtype
-    return (
-        Block(image_bE.astype(dtype), labels, rows),
-        Block(text_bE.astype(dtype), labels, columns),
-    )
+    if _num_devices(layout) > 1:
+        text_bE = text_bE.astype(layout.product_dtype)  # as it travels
+    return Block(image_bE, labels, rows), Block(text_bE, labels, columns)
+
+
+def _num_devices(layout: Layout) -> int:
+    return math.prod(lax.axis_size(axis) for axis in layout.axis_names)
 
 
 def _sweep(
@@ -213,7 +241,14 @@ def _sweep(
     with_gradient: bool = False,
 ) -> Sweep:
     return Sweep(
-        terms, scale, bias, layout.tile_size, with_statistics, with_gradient, differing(scale)
+        terms,
+        scale,
+        bias,
+        layout.tile_size,
+        layout.product_dtype,
+        with_statistics,
+        with_gradient,
+        differing(scale),
     )
 
 
@@ -258,32 +293,47 @@ def _finish(
     )  # fmt: skip
 
 
-def _round(sweep: Sweep, layout: Layout, rows: Block, columns: Block) -> tuple[Sides, Sides]:
+def _round(
+    sweep: Sweep, layout: Layout, rows: Block, columns: Block, own_pairs: _Saved | None = None
+) -> tuple[Sides, Sides]:
     """The sums of all rows and columns of the ring: one visit of every block to every device.
 
     Each hop sends the block that was there on (while its tiles are computed) and, one hop behind,
     the sums of the block before: both transfers have a whole block of products to hide behind.
     With N devices a block makes N - 1 hops and its sums N, the last one home.
     """
-    num_devices = math.prod(lax.axis_size(axis) for axis in layout.axis_names)
+    num_devices = _num_devices(layout)
     shift = _shift(layout)
-    row_sums = empty(sweep, *rows.embeddings.shape, is_column=False)
+    shape = rows.embeddings.shape
+    row_sums = empty(sweep, *shape, is_column=False)
+    column_sums = empty(sweep, *shape, is_column=True)
+    if own_pairs is not None:
+        # Tiles leave the own pairs out.
+        own_b1 = own_pairs.diagonal[:, None]
+        row_sums = row_sums._replace(gradient=own_b1 * own_pairs.text)
+        column_sums = column_sums._replace(gradient=own_b1 * own_pairs.image)
+        if row_sums.gradient_sum is not None:
+            row_sums = row_sums._replace(gradient_sum=own_pairs.diagonal)
+
+    def visit(block: Block, row_sums: Sides, behind: Sides) -> tuple[Sides, Sides]:
+        arriving = shift(behind)
+        sums = (row_sums, empty(sweep, *shape, is_column=True))
+        row_sums, own = sweep_block(sweep, rows, block, sums, is_home=False)
+        return row_sums, add(sweep.terms, arriving, own)
 
     def hop(_: Any, carry: tuple[Block, Sides, Sides]) -> tuple[Block, Sides, Sides]:
         block, row_sums, behind = carry
-        following, arriving = shift(block), shift(behind)
-        row_sums, own = sweep_block(sweep, rows, block, row_sums, is_home=False)
-        return following, row_sums, add(sweep.terms, arriving, own)
+        return (shift(block), *visit(block, row_sums, behind))
 
+    sums = (row_sums, column_sums)
     if num_devices == 1:
-        return sweep_block(sweep, rows, columns, row_sums, is_home=True)
+        return sweep_block(sweep, rows, columns, sums, is_home=True)
     block = shift(columns)
-    row_sums, behind = sweep_block(sweep, rows, columns, row_sums, is_home=True)
+    row_sums, behind = sweep_block(sweep, rows, columns, sums, is_home=True)
     if num_devices > 2:
         block, row_sums, behind = lax.fori_loop(1, num_devices - 1, hop, (block, row_sums, behind))
-    arriving = shift(behind)
-    row_sums, own = sweep_block(sweep, rows, block, row_sums, is_home=False)
-    return row_sums, shift(add(sweep.terms, arriving, own))
+    row_sums, behind = visit(block, row_sums, behind)
+    return row_sums, shift(behind)
 
 
 def _shift(layout: Layout) -> Callable[[Any], Any]:

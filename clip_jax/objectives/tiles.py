@@ -30,7 +30,7 @@ _SMALLEST, _LARGEST = 512, 4096
 class Block(NamedTuple):
     """Rows of one tower with all that a tile needs to know of them."""
 
-    embeddings: Array  # [b, E] in the dtype of the products
+    embeddings: Array  # [b, E]; a tile's part is cast to the dtype of the products
     labels: Labels
     coefficients: Coefficients | None = None  # None: the gradient is not asked for
 
@@ -50,6 +50,7 @@ class Sweep(NamedTuple):
     scale: Array
     bias: Array | None
     tile_size: int
+    product_dtype: Any
     with_statistics: bool
     with_gradient: bool
     vary: Callable[[Any], Any]  # marks fresh arrays as differing between devices
@@ -95,17 +96,16 @@ def add(terms: Terms, first: Sides, second: Sides) -> Sides:
 
 
 def sweep_block(
-    sweep: Sweep, rows: Block, columns: Block, row_sums: Sides, *, is_home: bool
+    sweep: Sweep, rows: Block, columns: Block, sums: tuple[Sides, Sides], *, is_home: bool
 ) -> tuple[Sides, Sides]:
-    """Adds all tiles of rows x columns to `row_sums`; returns them and the columns' own sums.
+    """Adds all tiles of rows x columns to `sums` of the rows and of the columns.
 
     is_home: row i and column i are a pair. Its logit is left out: the caller has it already.
     """
-    num_rows, embed_dim = rows.embeddings.shape
+    num_rows = rows.embeddings.shape[0]
     size = min(sweep.tile_size, num_rows)
     num_tiles = -(-num_rows // size)
     overlaps = num_tiles * size != num_rows
-    column_sums = empty(sweep, num_rows, embed_dim, is_column=True)
 
     def first_row(tile: Array | int) -> Array | int:
         # The last tile is moved back to end with the block; what it sees twice is masked.
@@ -140,7 +140,7 @@ def sweep_block(
         )
         return _update(row_sums, sums_I, start), column_sums
 
-    return _loop(num_tiles, one_row_of_tiles, (row_sums, column_sums))
+    return _loop(num_tiles, one_row_of_tiles, sums)
 
 
 def _tile(
@@ -148,7 +148,9 @@ def _tile(
 ) -> tuple[Sides, Sides]:
     """What one tile adds to its rows and to its columns."""
     terms = sweep.terms
-    image_IE, text_JE = row_I.embeddings, column_J.embeddings
+    # Cast a tile at a time: a copy of all rows would outweigh everything else on one device.
+    image_IE = row_I.embeddings.astype(sweep.product_dtype)
+    text_JE = column_J.embeddings.astype(sweep.product_dtype)
     cosine_IJ = product(image_IE, text_JE, contract=(1, 1))
     tile = part(
         terms, sweep.scale * cosine_IJ, sweep.bias, row_I.labels, column_J.labels, taking_part_IJ

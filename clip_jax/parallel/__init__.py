@@ -1,9 +1,11 @@
 """Mesh, multi-host start-up, and the table of sharding rules."""
 
+from clip_jax.parallel.agreement import from_first_process
 from clip_jax.parallel.mesh import BATCH_AXES, MESH_AXES, make_mesh, start_processes
 from clip_jax.parallel.sharding import (
     RULES,
     batch_sharding,
+    check_rows_of_processes,
     matching_rules,
     partition_spec,
     replicated,
@@ -16,6 +18,8 @@ __all__ = [
     "MESH_AXES",
     "RULES",
     "batch_sharding",
+    "check_rows_of_processes",
+    "from_first_process",
     "make_mesh",
     "matching_rules",
     "partition_spec",

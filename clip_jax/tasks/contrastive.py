@@ -4,7 +4,7 @@ Shape suffixes: B global batch, b rows of one device, L tokens, E embedding widt
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -102,35 +102,36 @@ class ContrastiveTask:
 
     def _encode(self, model: CLIP, batch: Mapping[str, Array]) -> tuple[Array, Array]:
         """Both towers' embeddings [B, E], in microbatches that are recomputed going backward."""
-
-        def encode(rows: Mapping[str, Array]) -> tuple[Array, Array]:
-            return model.encode_image(rows), model.encode_text(rows)
-
         k = self.config.microbatches
         if k == 1:
-            return encode(batch)
-        num_rows, num_devices = (
-            len(batch["image"]),
-            math.prod(self.mesh.shape[a] for a in BATCH_AXES),
-        )
+            return model.encode_image(batch), model.encode_text(batch)
+        num_rows = len(batch["image"])
+        num_devices = math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
         if num_rows % (k * num_devices):
             raise ValueError(
                 f"a batch of {num_rows} is not divisible by {k} microbatches x {num_devices} "
                 f"data-parallel devices = {k * num_devices}"
             )
         # GradCache (Gao et al. 2021): only embeddings are kept, and autodiff runs each microbatch
-        # again. Rows are dealt (B/k, k), so every device keeps the rows it has.
-        by_microbatch = NamedSharding(self.mesh, PartitionSpec(None, BATCH_AXES))
+        # again. Rows are dealt (B/k, k), so every device keeps the rows it has, and each microbatch
+        # is cut out where it is used: the batch is never copied.
+        by_device = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
 
         def deal(x_B: Array) -> Array:
-            x_kb = jnp.moveaxis(x_B.reshape(x_B.shape[0] // k, k, *x_B.shape[1:]), 1, 0)
-            return jax.lax.with_sharding_constraint(x_kb, by_microbatch)
+            x_bk = x_B.reshape(num_rows // k, k, *x_B.shape[1:])
+            return jax.lax.with_sharding_constraint(x_bk, by_device)
 
-        def collect(x_kbE: Array) -> Array:
-            return jnp.moveaxis(x_kbE, 0, 1).reshape(-1, x_kbE.shape[-1])
+        dealt = jax.tree.map(deal, dict(batch))
 
-        image_kbE, text_kbE = jax.lax.map(jax.checkpoint(encode), jax.tree.map(deal, dict(batch)))
-        return collect(image_kbE), collect(text_kbE)
+        def run(encode: Callable[[Mapping[str, Array]], Array]) -> Array:
+            def encode_one(i: Array) -> Array:
+                return encode({name: x_bk[:, i] for name, x_bk in dealt.items()})
+
+            embeddings_kbE = jax.lax.map(jax.checkpoint(encode_one), jnp.arange(k))
+            return jnp.moveaxis(embeddings_kbE, 0, 1).reshape(num_rows, -1)
+
+        # One tower after the other: their activations are never held together.
+        return run(model.encode_image), run(model.encode_text)
 
     def constrain(self, params: Tree) -> Tree:
         """Clips the logit scale from above, as CLIP does to keep training stable."""

@@ -1,5 +1,8 @@
 """Scoring a run that is on disk."""
 
+import contextlib
+from pathlib import Path
+
 import jax
 
 from clip_jax.checkpoint import SKIP, CheckpointStore, Workdir
@@ -16,11 +19,12 @@ from clip_jax.training.state import abstract_state, count_parameters
 
 def evaluate_run(
     config: ExperimentConfig, workdir: Workdir, *, step: int | None = None
-) -> dict[str, float]:
-    """Scores the checkpoint of `step` (default: the latest) and writes the report.
+) -> tuple[dict[str, float], Path]:
+    """Scores the checkpoint of `step` (default: the latest) and writes its report.
 
-    Returns the scores as in metrics.jsonl. Raises UserError where there is no such checkpoint or
-    no evaluation set. The optimizer's state is not read.
+    Returns the scores as in metrics.jsonl, to which nothing is added, and the report's path. Raises
+    UserError where there is no such checkpoint or no evaluation set. The optimizer's state is not
+    read.
     """
     if not config.evaluation.sets:
         raise UserError("config.evaluation.sets is empty; add a set to score")
@@ -28,14 +32,18 @@ def evaluate_run(
     task = ContrastiveTask(config, mesh)
     tokenizer = Tokenizer.load(workdir.tokenizer)
     evaluator = Evaluator(task, tokenizer, config, mesh, cache_dir(config.data))
-    store = CheckpointStore(workdir.checkpoints)
-    try:
-        abstract = abstract_state(task, make_optimizer(config), mesh)
+    abstract = abstract_state(task, make_optimizer(config), mesh)
+    with contextlib.closing(CheckpointStore(workdir.checkpoints)) as store:
         skipped = jax.tree.map(lambda _: SKIP, abstract.opt_state)
         state = store.restore(abstract._replace(opt_state=skipped), step)
-    finally:
-        store.close()
     results = evaluator(state.params, state.model_state)
+    report = workdir.report
     if jax.process_index() == 0:
-        write_run_report(workdir, config, results, num_parameters=count_parameters(abstract.params))
-    return metrics_line(results)
+        report = write_run_report(
+            workdir,
+            config,
+            results,
+            step=int(state.step),
+            num_parameters=count_parameters(abstract.params),
+        )
+    return metrics_line(results), report

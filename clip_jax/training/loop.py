@@ -1,12 +1,14 @@
 """A training run from config to report. Reads from top to bottom."""
 
+import contextlib
 import dataclasses
 import logging
+import shlex
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -16,13 +18,14 @@ from clip_jax.checkpoint import CheckpointStore, Workdir, drop_metrics_after, re
 from clip_jax.config import ExperimentConfig, UserError, to_dict
 from clip_jax.data.pipeline import training_batches
 from clip_jax.data.sources import cache_dir, open_source
+from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.evaluation.evaluate import Evaluator, metrics_line
 from clip_jax.evaluation.run_report import write_run_report
-from clip_jax.parallel import make_mesh, to_global_batch
+from clip_jax.parallel import from_first_process, make_mesh, to_global_batch
 from clip_jax.tasks import ContrastiveTask
 from clip_jax.training.optimizer import make_optimizer, make_schedule
 from clip_jax.training.resume import check_workdir
-from clip_jax.training.state import abstract_state, count_parameters, init_state
+from clip_jax.training.state import TrainState, abstract_state, count_parameters, init_state
 from clip_jax.training.step import make_train_step
 from clip_jax.training.telemetry import MetricsWriter, ProgressLine, check_logging
 from clip_jax.training.vocabulary import prepare_tokenizer
@@ -47,113 +50,119 @@ def train(
     config: validated. Raises UserError for what the user can mend, before anything is changed.
     """
     start = time.perf_counter()
-
-    # ---- Workdir -------------------------------------------------------------------------------
-    changes = check_workdir(workdir, config, allow_config_change=allow_config_change)
-    check_logging(config)
     is_first_process = jax.process_index() == 0
+    with contextlib.ExitStack() as resources:
+        # ---- Workdir: may this run go on here? -------------------------------------------------
+        changes = check_workdir(workdir, config, allow_config_change=allow_config_change)
+        check_logging(config)
+        if is_first_process:
+            resources.enter_context(workdir.lock())
 
-    # ---- Devices -------------------------------------------------------------------------------
-    mesh = make_mesh(config)
+        # ---- Devices ---------------------------------------------------------------------------
+        mesh = make_mesh(config)
 
-    # ---- Data and tokenizer --------------------------------------------------------------------
-    cache = cache_dir(config.data)
-    sources = {name: open_source(source, cache) for name, source in config.data.sources.items()}
-    tokenizer = prepare_tokenizer(config, sources, workdir)
+        # ---- Data and tokenizer ----------------------------------------------------------------
+        cache = cache_dir(config.data)
+        sources = {name: open_source(source, cache) for name, source in config.data.sources.items()}
+        tokenizer = prepare_tokenizer(config, sources, workdir)
 
-    # ---- Model, optimizer, evaluation ----------------------------------------------------------
-    task = ContrastiveTask(config, mesh)
-    optimizer, schedule = make_optimizer(config), make_schedule(config)
-    abstract = abstract_state(task, optimizer, mesh)
-    evaluator = Evaluator(task, tokenizer, config, mesh, cache)
+        # ---- Model, optimizer, evaluation ------------------------------------------------------
+        task = ContrastiveTask(config, mesh)
+        optimizer, schedule = make_optimizer(config), make_schedule(config)
+        abstract = abstract_state(task, optimizer, mesh)
+        evaluator = Evaluator(task, tokenizer, config, mesh, cache)
 
-    # ---- State: the latest checkpoint, or a fresh one ------------------------------------------
-    store = CheckpointStore(workdir.checkpoints, config.checkpoint)
-    first_step = store.latest_step() or 0
-    if first_step:
-        state = store.restore(abstract)
-        first_sample = store.metadata()["samples_seen"]
-    else:
-        state, first_sample = init_state(task, optimizer, abstract, config.seed), 0
-    batches = training_batches(
-        config.data,
-        sources,
-        tokenizer,
-        image_size=config.model.image.image_size,
-        context_length=config.model.text.context_length,
-        seed=config.seed,
-        global_batch_size=config.global_batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        start_sample=first_sample,
-    )
+        # ---- Where the run stands --------------------------------------------------------------
+        store: CheckpointStore | None = None
+        first_step = first_sample = 0
+        if from_first_process(workdir.exists()):
+            store = resources.enter_context(
+                contextlib.closing(CheckpointStore(workdir.checkpoints, config.checkpoint))
+            )
+            first_step = from_first_process(store.latest_step() or 0)
+        if store is not None and first_step:
+            first_sample = store.metadata(first_step)["samples_seen"]
+        batches = resources.enter_context(
+            training_batches(
+                config.data,
+                sources,
+                tokenizer,
+                image_size=config.model.image.image_size,
+                context_length=config.model.text.context_length,
+                seed=config.seed,
+                global_batch_size=config.global_batch_size,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+                start_sample=first_sample,
+            )
+        )
+        earlier = read_metrics(workdir.metrics)
+        state = None
+        if store is not None and first_step:
+            state = store.restore(abstract, first_step)
 
-    # ---- All checks have passed: from here on files change -------------------------------------
-    if is_first_process:
-        drop_metrics_after(workdir.metrics, first_step)
-        workdir.save_config(config)
-        tokenizer.save(workdir.tokenizer)
+        # ---- All checks have passed: from here on files change ---------------------------------
+        if is_first_process:
+            drop_metrics_after(workdir.metrics, first_step)
+            tokenizer.save(workdir.tokenizer)
+            workdir.save_config(config)
+        if store is None:
+            store = resources.enter_context(
+                contextlib.closing(CheckpointStore(workdir.checkpoints, config.checkpoint))
+            )
+        if state is None:
+            state = init_state(task, optimizer, abstract, config.seed)
 
-    # ---- Telemetry -----------------------------------------------------------------------------
-    earlier = read_metrics(workdir.metrics)
-    scores = _scores_at(first_step, earlier)
-    writer = MetricsWriter(workdir, config, first_step=first_step) if is_first_process else None
-    progress = ProgressLine(
-        first_step=first_step, num_steps=config.num_steps, silent=not is_first_process
-    )
-    num_parameters = count_parameters(abstract.params)
-    progress.say(
-        f"{config.name}: {num_parameters:,} parameters, {jax.device_count()} devices as "
-        f"{dict(mesh.shape)}, {sum(map(len, sources.values())):,} samples"
-    )
-    for key, (old, new) in changes.items():
-        progress.say(f"config change on resume: {key} {old!r} -> {new!r}")
-    if first_step:
-        progress.say(f"resuming {workdir.path} at step {first_step}")
+        # ---- Telemetry -------------------------------------------------------------------------
+        earlier = [line for line in earlier if line["step"] <= first_step]
+        writer = None
+        if is_first_process:
+            writer = resources.enter_context(
+                contextlib.closing(MetricsWriter(workdir, config, first_step=first_step))
+            )
+        progress = resources.enter_context(
+            contextlib.closing(
+                ProgressLine(
+                    first_step=first_step, num_steps=config.num_steps, silent=not is_first_process
+                )
+            )
+        )
+        num_parameters = count_parameters(abstract.params)
+        progress.say(
+            f"{config.name}: {num_parameters:,} parameters, {jax.device_count()} devices as "
+            f"{dict(mesh.shape)}, {sum(map(len, sources.values())):,} samples"
+        )
+        for key, (old, new) in changes.items():
+            progress.say(f"config change on resume: {key} {old!r} -> {new!r}")
+        if 0 < first_step < config.num_steps:
+            progress.say(f"resuming {workdir.path} at step {first_step}")
 
-    def save(step: int) -> None:
-        metadata = {
-            "samples_seen": first_sample + (step - first_step) * config.global_batch_size,
-            "config": to_dict(config),
-            "tokenizer": tokenizer.to_json(),
-        }
-        store.save(step, state, metadata)
-
-    def run_evaluation(step: int) -> dict[str, float]:
-        results = evaluator(state.params, state.model_state)
-        scores = metrics_line(results)
-        if writer is not None:
-            writer.write(step, scores)
-            if config.evaluation.report and step == config.num_steps:
-                write_run_report(workdir, config, results, num_parameters=num_parameters)
-        return scores
-
-    def evaluates(step: int) -> bool:
-        every = config.evaluation.every_steps
-        due = step == config.num_steps or (every and step % every == 0)
-        return bool(config.evaluation.sets and due)
-
-    # ---- Loop ----------------------------------------------------------------------------------
-    try:
-        if first_step and evaluates(first_step) and not scores:
-            scores = run_evaluation(first_step)  # the run ended between saving and evaluating
-        if first_step >= config.num_steps:
-            progress.say(f"{workdir.path} is done: {first_step} steps")
-            return Outcome(first_step, finished=True, scores=scores)
-
-        train_step = make_train_step(task, optimizer, schedule, abstract, mesh, seed=config.seed)
+        run = _Run(config, workdir, tokenizer, store, evaluator, writer, progress, num_parameters)
         clock = _Clock(start, first_step, earlier=_train_seconds(earlier))
+        scores = _scores_at(first_step, earlier)
+
+        def samples_seen(step: int) -> int:
+            return first_sample + (step - first_step) * config.global_batch_size
 
         def log(step: int, metrics: dict[str, jax.Array]) -> None:
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             values |= clock.lap(step)
-            values["samples_seen"] = first_sample + (step - first_step) * config.global_batch_size
+            values["samples_seen"] = samples_seen(step)
             values["samples_per_second"] = values["steps_per_second"] * config.global_batch_size
             if writer is not None:
                 writer.write(step, values)
             remaining = (config.num_steps - step) / values["steps_per_second"]
             progress.update(step, values | {"eta_seconds": remaining})
 
+        # ---- What an earlier call left undone --------------------------------------------------
+        if first_step and from_first_process(run.lacks_evaluation(first_step, scores)):
+            scores = run.evaluate(first_step, state)
+        if first_step >= config.num_steps:
+            progress.say(f"{workdir.path} is done: {first_step} steps")
+            return Outcome(first_step, finished=True, scores=scores)
+
+        # ---- Loop ------------------------------------------------------------------------------
+        train_step = make_train_step(task, optimizer, schedule, abstract, mesh, seed=config.seed)
         in_flight: jax.Array | None = None
         pending: tuple[int, dict[str, jax.Array]] | None = None
         with _interrupts() as interrupted:
@@ -162,9 +171,9 @@ def train(
                     with clock.waiting(in_flight):
                         batch = to_global_batch(next(batches), mesh)
                 except UserError:
-                    # The data went bad on the way. Saving takes all processes: one alone would hang.
+                    # The data went bad on the way. Saving takes all processes; one would hang.
                     if step - 1 > first_step and jax.process_count() == 1:
-                        save(step - 1)
+                        run.save(step - 1, samples_seen(step - 1), state)
                     raise
                 with jax.transfer_guard("disallow"):
                     state, metrics = train_step(state, batch)
@@ -177,29 +186,84 @@ def train(
                 last = step == config.num_steps
                 stop = _should_stop(interrupted, step)
                 saves = stop or last or step % config.checkpoint.every_steps == 0
+                evaluates = run.evaluates(step) and not (last or stop)
                 if step % config.logging.every_steps == 0 or last:
                     pending = (step, metrics)
                 # ---- Log, save, evaluate: in this order, so that a resume finds all three ------
-                if pending is not None and (saves or evaluates(step)):
+                if pending is not None and (saves or evaluates):
                     log(*pending)
                     pending = None
                 if saves:
-                    save(step)
-                if stop and not last:
+                    run.save(step, samples_seen(step), state)
+                if stop:
                     store.wait()
                     progress.say(_how_to_resume(workdir, step))
                     return Outcome(step, finished=False, scores=scores)
-                if evaluates(step) and not last:
-                    scores = run_evaluation(step)
-        if evaluates(config.num_steps):
-            scores = run_evaluation(config.num_steps)
+                if evaluates:
+                    scores = run.evaluate(step, state)
+                if saves or evaluates:
+                    clock.skip()  # the figures are of training alone
+        # ---- Final evaluation: all is on disk, so that nothing can be lost any more ------------
+        store.wait()
+        if run.evaluates(config.num_steps):
+            try:
+                scores = run.evaluate(config.num_steps, state)
+            except KeyboardInterrupt:
+                progress.say(_how_to_resume(workdir, config.num_steps))
+                return Outcome(config.num_steps, finished=False, scores=scores)
         return Outcome(config.num_steps, finished=True, scores=scores)
-    finally:
-        batches.close()
-        store.close()  # returns when every save is complete on disk
-        progress.close()
-        if writer is not None:
-            writer.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What saving and evaluating need, whatever the step."""
+
+    config: ExperimentConfig
+    workdir: Workdir
+    tokenizer: Tokenizer
+    store: CheckpointStore
+    evaluator: Evaluator
+    writer: MetricsWriter | None  # None on all processes but the first
+    progress: ProgressLine
+    num_parameters: int
+
+    def save(self, step: int, samples_seen: int, state: TrainState) -> None:
+        metadata = {
+            "samples_seen": samples_seen,
+            "config": to_dict(self.config),
+            "tokenizer": self.tokenizer.to_json(),
+        }
+        self.store.save(step, state, metadata)
+
+    def evaluates(self, step: int) -> bool:
+        every = self.config.evaluation.every_steps
+        due = step == self.config.num_steps or (every and step % every == 0)
+        return bool(self.config.evaluation.sets and due)
+
+    def lacks_evaluation(self, step: int, scores: dict[str, float]) -> bool:
+        """Whether the call that reached `step` ended before it was scored, or sets were added."""
+        if not self.evaluates(step):
+            return False
+        last = step == self.config.num_steps
+        no_report = last and self.config.evaluation.report and not self.workdir.report.exists()
+        return no_report or any(
+            f"eval/{name}/num_pairs" not in scores for name in self.config.evaluation.sets
+        )
+
+    def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
+        results = self.evaluator(state.params, state.model_state)
+        scores = metrics_line(results)
+        if self.writer is not None:
+            self.writer.write(step, scores)
+            if self.config.evaluation.report and step == self.config.num_steps:
+                write_run_report(
+                    self.workdir,
+                    self.config,
+                    results,
+                    step=step,
+                    num_parameters=self.num_parameters,
+                )
+        return scores
 
 
 class _Clock:
@@ -212,7 +276,7 @@ class _Clock:
         self._lap_step = first_step
         self._waited = 0.0
 
-    @contextmanager
+    @contextlib.contextmanager
     def waiting(self, in_flight: jax.Array | None) -> Iterator[None]:
         """Round a wait for data. It counts if the step before, `in_flight`, ends within it.
 
@@ -220,7 +284,7 @@ class _Clock:
         """
         start = time.perf_counter()
         yield
-        if in_flight is None or in_flight.is_ready():
+        if in_flight is None or in_flight.is_ready():  # type: ignore[attr-defined]
             self._waited += time.perf_counter() - start
 
     def lap(self, step: int) -> dict[str, float]:
@@ -235,13 +299,17 @@ class _Clock:
         self._lap_start, self._lap_step, self._waited = now, step, 0.0
         return figures
 
+    def skip(self) -> None:
+        """Leaves the time since the last lap out of the next one's figures."""
+        self._lap_start = time.perf_counter()
+
 
 def _scores_at(step: int, lines: list[dict[str, Any]]) -> dict[str, float]:
-    """The evaluation line of `step`, {} where there is none."""
+    """The last evaluation line of `step`, {} where there is none."""
     return next(
         (
             {k: v for k, v in line.items() if k != "step"}
-            for line in lines
+            for line in reversed(lines)
             if line["step"] == step and any(k.startswith("eval/") for k in line)
         ),
         {},
@@ -250,10 +318,10 @@ def _scores_at(step: int, lines: list[dict[str, Any]]) -> dict[str, float]:
 
 def _train_seconds(lines: list[dict[str, Any]]) -> float:
     """Seconds the run has trained for already, from the last training line."""
-    return next((line["train_seconds"] for line in reversed(lines) if "loss" in line), 0.0)
+    return next((x["train_seconds"] for x in reversed(lines) if "train_seconds" in x), 0.0)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _interrupts() -> Iterator[threading.Event]:
     """Sets the event on Ctrl-C or SIGTERM; a second Ctrl-C ends the process at once.
 
@@ -289,7 +357,8 @@ def _should_stop(interrupted: threading.Event, step: int) -> bool:
 
 
 def _how_to_resume(workdir: Workdir, step: int) -> str:
-    return (
-        f"stopped at step {step}, saved. To go on: "
-        f"clip-jax train --config={workdir.config} --workdir={workdir.path}"
-    )
+    command = [
+        *(sys.executable, "-m", "clip_jax.cli", "train"),
+        *(f"--config={workdir.config}", f"--workdir={workdir.path}"),
+    ]
+    return f"stopped at step {step}, saved. To go on: {shlex.join(command)}"

@@ -17,7 +17,8 @@ def check_workdir(
     """
     _check_writable(workdir.path)
     if not workdir.exists():
-        if workdir.checkpoints.exists():
+        # A start that failed early may leave an empty folder.
+        if workdir.checkpoints.exists() and any(workdir.checkpoints.glob("[0-9]*")):
             raise UserError(
                 f"{workdir.path} has checkpoints but no config.json; use another --workdir"
             )
@@ -28,6 +29,12 @@ def check_workdir(
         for key in sorted(saved.keys() | new.keys())
         if saved.get(key) != new.get(key)
     }
+    for key in changed:
+        if key.startswith("data.tokenizer."):
+            raise UserError(
+                f"{workdir.path} keeps its tokenizer for life, so {key} cannot change from "
+                f"{changed[key][0]!r} to {changed[key][1]!r}; use another --workdir"
+            )
     refused = {key: values for key, values in changed.items() if not _may_change(key)}
     if refused and not allow_config_change:
         listed = ", ".join(f"{key} {old!r} -> {now!r}" for key, (old, now) in refused.items())
@@ -43,6 +50,8 @@ def _may_change(key: str) -> bool:
 
 
 def _check_writable(path: Path) -> None:
+    if path.is_file():
+        raise UserError(f"workdir {path} is a file; name a folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

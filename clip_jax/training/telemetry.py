@@ -1,5 +1,6 @@
 """Where the numbers of a run go: metrics.jsonl, TensorBoard, Weights & Biases, a progress line."""
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -50,7 +51,8 @@ class MetricsWriter:
             self._wandb = wandb.init(
                 project=config.logging.wandb_project,
                 name=workdir.path.name,
-                id=workdir.path.name,
+                # Resumes the run of this very folder, not one of the same name elsewhere.
+                id=hashlib.sha256(str(workdir.path).encode()).hexdigest()[:16],
                 resume="allow",
                 dir=str(workdir.path),
                 config=to_dict(config),
@@ -109,7 +111,8 @@ class ProgressLine:
         self._progress.update(self._bar, completed=step, numbers=numbers)
         now = time.monotonic()
         plain = not self._console.is_terminal and not self._silent
-        if plain and (now - self._last_line > self._SECONDS_BETWEEN_LINES):
+        due = now - self._last_line > self._SECONDS_BETWEEN_LINES or step == self._num_steps
+        if plain and due:
             self._last_line = now
             eta = time.strftime("%H:%M:%S", time.gmtime(values["eta_seconds"]))
             print(f"step {step}/{self._num_steps}  {numbers}  ETA {eta}", file=sys.stderr)

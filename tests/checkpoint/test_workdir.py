@@ -26,6 +26,23 @@ def test_a_line_cut_short_is_left_out(tmp_path):
     assert read_metrics(path) == [{"step": 1}, {"step": 2}]
 
 
+@pytest.mark.parametrize("bad", ["3", '{"loss": 1}', "{broken", "\ufffd"])
+def test_a_bad_line_in_the_middle_is_named_and_nothing_is_lost(tmp_path, bad):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{bad}\n{{"step": 2}}\n')
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="line 2 is not a metrics line"):
+        drop_metrics_after(path, 1)
+    assert path.read_bytes() == before
+
+
+def test_one_process_at_a_time(tmp_path):
+    workdir = Workdir(tmp_path)
+    with workdir.lock(), pytest.raises(UserError, match="another process trains in"):
+        workdir.lock()
+    workdir.lock().close()
+
+
 def test_lines_after_a_step_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     drop_metrics_after(path, 3)

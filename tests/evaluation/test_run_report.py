@@ -26,7 +26,7 @@ def result(tmp_path) -> SetResult:
     metrics = {"text_to_image_R@1": 0.9, "text_to_image_R@1/chance": 1 / NUM, "num_pairs": NUM}
     captions = [f"caption {i} <&>" for i in range(NUM)]
     config = EvalSetConfig(path="pairs.tar", description="Noise.")
-    return SetResult(config, metrics, source, captions, image, text, None)
+    return SetResult(config, metrics, source, captions, image, text)
 
 
 def page_data(workdir: Workdir) -> dict:
@@ -41,7 +41,7 @@ def test_the_page_holds_the_run_and_its_pictures(result, tmp_path):
     workdir.metrics.write_text(
         "".join(json.dumps({"step": step, **line}) + "\n" for step in (1, 2))
     )
-    write_run_report(workdir, small_config(), {"a_set": result}, num_parameters=1234)
+    write_run_report(workdir, small_config(), {"a_set": result}, step=10, num_parameters=1234)
     page = workdir.report.read_text()
     assert "1,234" in page
     assert "90.0%" in page
@@ -55,5 +55,19 @@ def test_the_page_holds_the_run_and_its_pictures(result, tmp_path):
 
 def test_a_run_without_evaluation_still_has_a_page(tmp_path):
     workdir = Workdir(tmp_path)
-    write_run_report(workdir, small_config(), {}, num_parameters=1)
+    write_run_report(workdir, small_config(), {}, step=10, num_parameters=1)
     assert "No evaluation was run." in workdir.report.read_text()
+
+
+def test_the_report_of_an_earlier_step_is_another_file(result, tmp_path):
+    workdir = Workdir(tmp_path)
+    lines = [
+        {"step": s, "loss": 1.0, "train_seconds": s, "samples_per_second": 9.0} for s in (2, 8)
+    ]
+    workdir.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = write_run_report(workdir, small_config(), {"a_set": result}, step=4, num_parameters=1)
+    assert path.name == "report-step-4.html"
+    assert not workdir.report.exists()
+    page = path.read_text()
+    assert "for 4 steps of 32" in page
+    assert "(128 in all)" in page

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from clip_jax.evaluation.zero_shot import expected_top1
+from clip_jax.evaluation.zero_shot import class_embeddings, expected_top1
 
 
 @pytest.mark.parametrize("ways", [1, 2, 4, 7])
@@ -24,3 +24,13 @@ def test_more_ways_than_classes_is_plain_top1():
 def test_chance_is_one_in_ways():
     """Ranks spread evenly, as guessing gives."""
     assert expected_top1(np.arange(500), num_classes=500, ways=100) == pytest.approx(0.01)
+
+
+def test_class_embeddings_are_the_unit_mean_over_prompts():
+    def embed_texts(texts):
+        angles = np.array([{"a cat": 0.0, "cat": 0.4, "a dog": 2.0, "dog": 1.0}[t] for t in texts])
+        return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+    result = class_embeddings(embed_texts, ["cat", "dog"], ["a {}", "{}"])
+    angles = np.array([0.2, 1.5])
+    np.testing.assert_allclose(result, np.stack([np.cos(angles), np.sin(angles)], 1), atol=1e-6)

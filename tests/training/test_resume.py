@@ -57,11 +57,23 @@ def test_what_does_is_listed_and_refused_unless_asked_for(workdir):
 def test_checkpoints_without_a_config_are_not_overwritten(tmp_path):
     workdir = Workdir(tmp_path)
     workdir.checkpoints.mkdir()
+    check_workdir(workdir, small_config(), allow_config_change=False)  # empty: an early end
+    (workdir.checkpoints / "10").mkdir()
     with pytest.raises(UserError, match="checkpoints but no config"):
         check_workdir(workdir, small_config(), allow_config_change=False)
 
 
+def test_a_run_keeps_its_tokenizer_whatever_is_allowed(workdir):
+    data = small_config().data
+    tokenizer = dataclasses.replace(data.tokenizer, lowercase=False)
+    other = dataclasses.replace(small_config(), data=dataclasses.replace(data, tokenizer=tokenizer))
+    with pytest.raises(UserError, match=r"keeps its tokenizer .*data\.tokenizer\.lowercase"):
+        check_workdir(workdir, other, allow_config_change=True)
+
+
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file; name a folder"):
+        check_workdir(Workdir(tmp_path / "file"), small_config(), allow_config_change=False)
     with pytest.raises(UserError, match="cannot be written: Not a directory"):
         check_workdir(Workdir(tmp_path / "file" / "x"), small_config(), allow_config_change=False)
