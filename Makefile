@@ -36,16 +36,20 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# A stamp is made last, so an installation that was cut short runs again.
-$(VENV)/bin/python:
+# A stamp is made last, so an installation that was cut short runs again, and a half-made
+# environment is made afresh.
+$(VENV)/.made:
 	@test -n "$(VERSION)" || { echo "no Python at '$(PYTHON)': make ... PYTHON=python3.12"; exit 2; }
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, '$(PYTHON)' is $(VERSION): make ... PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
 
-$(VENV)/.quickstart: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.quickstart: pyproject.toml $(VENV)/.made
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[quickstart]'
 	@touch $@
 
-$(VENV)/.test: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.test: pyproject.toml $(VENV)/.made
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,verify]'
 	@touch $@ $(VENV)/.quickstart
 

@@ -1,6 +1,7 @@
 """`clip-jax COMMAND`: flags in, one call out. Heavy imports wait until the command is known."""
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,11 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        stray = [o for o in overrides if not o.startswith("--config.")]
-        if stray:
-            raise UserError(
-                f"unknown argument {stray[0]!r}; see clip-jax {arguments.command} --help"
-            )
+        for before, this in itertools.pairwise(["", *overrides]):
+            if not this.startswith("--config."):
+                split = before.startswith("--config.") and "=" not in before
+                hint = f"write {before}={this}" if split else f"see clip-jax {arguments.command} -h"
+                raise UserError(f"unknown argument {this!r}; {hint}")
         command: Callable[[argparse.Namespace, list[str]], int] = arguments.run
         return command(arguments, overrides)
     except UserError as error:
@@ -53,17 +54,25 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="resume although fields that change the result differ",
     )
-    train.add_argument("--coordinator", help="host:port of process 0, to run several processes")
-    train.add_argument("--num_processes", type=int, help="with --coordinator: how many")
-    train.add_argument("--process_id", type=int, help="with --coordinator: which one this is")
-    train.epilog = "Any field: --config.optimizer.learning_rate=1e-3"
 
     evaluate = add("eval", _eval, "Score a run's checkpoint and write its report.")
     evaluate.add_argument("--workdir", required=True, help="folder of the run")
     evaluate.add_argument("--step", type=int, help="which checkpoint (default: the latest)")
 
+    for command in (train, evaluate):
+        command.add_argument("--coordinator", help="host:port of process 0, for several processes")
+        command.add_argument("--num_processes", type=int, help="with --coordinator: how many")
+        command.add_argument("--process_id", type=int, help="with --coordinator: which this is")
+        command.add_argument(
+            "--distributed", action="store_true", help="several processes that JAX finds by itself"
+        )
+
     show = add("config", _config, "Print the resolved config of a recipe as JSON.")
     show.add_argument("--config", required=True, help=_CONFIG_HELP)
+    for command in (train, evaluate, show):
+        command.epilog = (
+            "Any field, joined with '=': --config.seed=3; --config.loss.tile_size=None unsets one"
+        )
     return parser
 
 
@@ -80,18 +89,14 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     config = load_config([f"--config={arguments.config}", *overrides])
     from clip_jax.checkpoint import Workdir
-    from clip_jax.parallel import start_processes
     from clip_jax.training.loop import train
 
-    _use_compilation_cache(config.data.cache_dir)
-    start_processes(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    _start(arguments, config.data.cache_dir)
     workdir = Workdir(arguments.workdir)
     outcome = train(config, workdir, allow_config_change=arguments.allow_config_change)
     if not outcome.finished:
         return 130
-    _print_scores(outcome.scores)
-    if workdir.report.exists():
-        print(f"report: {workdir.report}")
+    _print_result(outcome.scores, workdir.report)
     return 0
 
 
@@ -104,26 +109,40 @@ def _eval(arguments: argparse.Namespace, overrides: list[str]) -> int:
     config = load_config([f"--config={workdir.config}", *overrides])
     from clip_jax.training.evaluate_run import evaluate_run
 
-    _use_compilation_cache(config.data.cache_dir)
-    _print_scores(evaluate_run(config, workdir, step=arguments.step))
-    print(f"report: {workdir.report}")
+    _start(arguments, config.data.cache_dir)
+    _print_result(*evaluate_run(config, workdir, step=arguments.step))
     return 0
 
 
-def _use_compilation_cache(cache_dir: str | None) -> None:
-    """A second start of the same program compiles nothing. $JAX_COMPILATION_CACHE_DIR wins."""
+def _start(arguments: argparse.Namespace, cache_dir: str | None) -> None:
     import jax
 
+    from clip_jax.parallel import start_processes
+
+    # A second start of the same program compiles nothing. $JAX_COMPILATION_CACHE_DIR wins.
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         root = cache_dir or os.environ.get("CLIP_JAX_CACHE") or "~/.cache/clip_jax"
         jax.config.update("jax_compilation_cache_dir", str(Path(root).expanduser() / "xla"))
+    start_processes(
+        arguments.coordinator,
+        arguments.num_processes,
+        arguments.process_id,
+        distributed=arguments.distributed,
+    )
 
 
-def _print_scores(scores: dict[str, float]) -> None:
+def _print_result(scores: dict[str, float], report: Path) -> None:
+    """On the first process: the others would say it again."""
+    import jax
+
+    if jax.process_index() != 0:
+        return
     for name, value in scores.items():
         chance = scores.get(f"{name}/chance")
         if chance is not None:
             print(f"{name:55} {value:7.2%}   chance {chance:.2%}")
+    if report.exists():
+        print(f"report: {report}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from clip_jax.config import (
     ScheduleConfig,
     SourceConfig,
     TextTowerConfig,
+    TokenizerConfig,
 )
 from clip_jax.parallel import MESH_AXES
 
@@ -37,7 +38,10 @@ def small_config(**changes: object) -> ExperimentConfig:
         global_batch_size=32,
         precision="float32",
         schedule=ScheduleConfig(warmup_steps=2),
-        data=DataConfig(sources={"pairs": SourceConfig(path="pairs.tar")}),
+        data=DataConfig(
+            sources={"pairs": SourceConfig(path="pairs.tar")},
+            tokenizer=TokenizerConfig(kind="file", path="tokenizer.json"),
+        ),
     )
     return dataclasses.replace(config, **changes)
 

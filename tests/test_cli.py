@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -79,33 +80,46 @@ def test_train_eval_and_resume(recipe, tmp_path):
     assert scored.stdout == done.stdout
 
 
-def test_two_processes_train_like_one(recipe, tmp_path):
-    """Over loopback: the same losses, one set of files, SIGTERM-safe start-up and end."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert clip_jax("train", f"--config={recipe}", f"--workdir={one}").returncode == 0
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def together(*commands: tuple[list[str], dict[str, str]]) -> list[tuple[str, str]]:
+    """stdout (less what gloo says) and stderr of commands that run at once, and succeed.
+
+    Each comes with the variables that it adds to the environment.
+    """
     code = "import sys; from clip_jax.cli import main; sys.exit(main())"
     processes = [
         subprocess.Popen(
-            [
-                *(sys.executable, "-c", code, "train", f"--config={recipe}", f"--workdir={two}"),
-                *(f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={i}"),
-            ],
+            [sys.executable, "-c", code, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            env=os.environ | environment,
         )
-        for i in range(2)
+        for arguments, environment in commands
     ]
     try:
         outputs = [process.communicate(timeout=240) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert all(process.returncode == 0 for process in processes), outputs
+    ours = [re.sub(r"^\[Gloo\].*\n", "", stdout, flags=re.MULTILINE) for stdout, _ in outputs]
+    return [(stdout, stderr) for stdout, (_, stderr) in zip(ours, outputs, strict=True)]
+
+
+def test_two_processes_train_and_score_like_one(recipe, tmp_path):
+    """Over loopback: the same losses, one set of files, SIGTERM-safe start-up and end."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert clip_jax("train", f"--config={recipe}", f"--workdir={one}").returncode == 0
+    train = ["train", f"--config={recipe}", f"--workdir={two}"]
+    by_hand = [f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
+    outputs = together(*(([*train, *by_hand, f"--process_id={i}"], {}) for i in range(2)))
     lines = {
         run: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         for run in (one, two)
@@ -116,6 +130,15 @@ def test_two_processes_train_like_one(recipe, tmp_path):
             assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
     assert "2 devices" in outputs[0][1]
     assert "devices" not in outputs[1][1]  # one process speaks
+    assert "report: " in outputs[0][0]
+    assert outputs[1][0] == ""
+
+    # Scored as `srun -n2` on one host would: found by the variables of the step.
+    step = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    step |= {"JAX_COORDINATOR_PORT": str(free_port())}
+    tasks = [step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
+    scored = together(*((["eval", f"--workdir={two}"], task) for task in tasks))
+    assert [stdout for stdout, _ in scored] == [outputs[0][0], ""]
 
 
 def test_config_prints_the_resolved_one_and_reads_it_back(tmp_path):
@@ -136,6 +159,10 @@ def test_config_prints_the_resolved_one_and_reads_it_back(tmp_path):
         (["--config.mesh=(3,1,1)"], "config.mesh (3, 1, 1) needs 3 devices"),
         (["--config.global_batch_size=4000"], "40 samples"),
         (["--confg.seed=1"], "unknown argument '--confg.seed=1'"),
+        (["--config.num_steps", "7"], "unknown argument '7'; write --config.num_steps=7"),
+        (["--config.model.logit_bias_init", "-10"], "write --config.model.logit_bias_init=-10"),
+        (["--coordinator=localhost:1"], "give all three of --coordinator=HOST:PORT"),
+        (["--distributed"], "cannot join a cluster that JAX can detect"),
     ],
 )
 def test_bad_settings(recipe, tmp_path, overrides, message):
@@ -143,6 +170,20 @@ def test_bad_settings(recipe, tmp_path, overrides, message):
     done = clip_jax("train", f"--config={recipe}", f"--workdir={workdir}", *overrides)
     assert_one_clear_line(done, message)
     assert not (workdir / "config.json").exists()
+
+
+def test_a_value_may_be_none():
+    field = "--config.optimizer.clip_global_norm"
+    done = clip_jax("config", f"--config={QUICKSTART}", f"{field}=None")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["optimizer"]["clip_global_norm"] is None
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "config"])
+def test_help_says_how_fields_are_set(command):
+    done = clip_jax(command, "--help")
+    assert "joined with '=': --config.seed=3" in " ".join(done.stdout.split())
+    assert ("--distributed" in done.stdout) == (command != "config")
 
 
 def test_config_errors_touch_no_device(recipe):

@@ -47,12 +47,24 @@ def to_json(config: Any) -> str:
 
 
 def load_json(path: Path | str) -> ExperimentConfig:
-    """The config saved in a workdir."""
+    """The config saved in a workdir. Raises ConfigError, which names the file."""
     try:
-        values = json.loads(Path(path).read_text())
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at {error.start}") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    return from_config_dict(values)
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{path} must hold a JSON object of settings, as clip-jax config prints; it holds a "
+            f"{type(values).__name__}"
+        )
+    try:
+        return from_config_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -117,6 +129,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping | ConfigDict):
             raise wrong
+        if dotted := [k for k in value if "." in k]:
+            raise ConfigError(f"config.{path} has an entry {dotted[0]!r}: leave the dot out")
         return {k: _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
     if origin is tuple:
         if not isinstance(value, list | tuple):

@@ -1,15 +1,21 @@
 """From `--config=recipe.py --config.a.b=v` on the command line to a checked config."""
 
+import dataclasses
+import difflib
 import importlib.util
 import os
+import re
+import traceback
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
+from clip_jax.config import schema
 from clip_jax.config.convert import from_config_dict, load_json, to_config_dict, unknown_key
-from clip_jax.config.errors import ConfigError
+from clip_jax.config.errors import ConfigError, UserError
 from clip_jax.config.schema import ExperimentConfig
 from clip_jax.config.validation import validate
 
@@ -18,8 +24,8 @@ def load_config(arguments: Sequence[str]) -> ExperimentConfig:
     """The config that `--config=...` and `--config.key=value` arguments describe, validated.
 
     `--config` names a recipe (a .py file with `get_config()`, or `file.py:argument` for
-    `get_config(argument)`) or the `config.json` of a workdir. Raises ConfigError in one line for
-    what does not fit.
+    `get_config(argument)`) or the `config.json` of a workdir. The value None unsets a field that
+    may be left out. Raises ConfigError in one line for what does not fit.
     """
     path = next((a.split("=", 1)[1] for a in arguments if a.startswith("--config=")), None)
     if path is None:
@@ -28,12 +34,20 @@ def load_config(arguments: Sequence[str]) -> ExperimentConfig:
     base = _base(path)
     for override in overrides:
         _check_key(override, base)
+    overrides, unset = _split_unset(overrides)
     values = flags.FlagValues()
     argv = ["clip-jax", *overrides]
     try:
         # ml_collections makes a flag of each field and parses the overrides by the field's type.
         config_flags.DEFINE_config_dict("config", base, flag_values=values, sys_argv=argv)
         rest = values(argv)
+        for key in unset:
+            *groups, leaf = key.split(".")
+            group = values.config
+            for name in groups:
+                group = group[name]
+            with group.ignore_type():
+                group[leaf] = None
         config = from_config_dict(values.config)
     except flags.Error as error:
         raise ConfigError(str(error).splitlines()[0].replace("flag --", "")) from None
@@ -53,6 +67,23 @@ def _check_key(override: str, base: ConfigDict) -> None:
             siblings = list(group) if isinstance(group, ConfigDict) else []
             raise ConfigError(unknown_key(key, [f"{prefix}{name}" for name in siblings]))
         group = group[part]
+    if "=" not in override and not isinstance(group, bool):
+        raise ConfigError(f"{override} has no value; settings are --config.key=value, with a =")
+
+
+def _split_unset(overrides: list[str]) -> tuple[list[str], list[str]]:
+    """Overrides without `key=None`, which the parsers of ml_collections refuse, and those keys.
+
+    Of several for one key the last counts.
+    """
+    last = {override.split("=", 1)[0]: override for override in overrides}
+    unset = [key for key, override in last.items() if override == f"{key}=None"]
+    kept = [
+        override
+        for override in overrides
+        if (key := override.split("=", 1)[0]) not in unset and override != f"{key}=None"
+    ]
+    return kept, [key.removeprefix("--config.") for key in unset]
 
 
 def _base(path: str) -> ConfigDict:
@@ -68,6 +99,41 @@ def _base(path: str) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        return module.get_config(argument) if argument else module.get_config()
-    except (SyntaxError, ImportError, AttributeError, TypeError, NameError) as error:
-        raise ConfigError(f"recipe {file}: {type(error).__name__}: {error}") from error
+        return _call(module, file, argument)
+    except Exception as error:
+        raise ConfigError(f"recipe {file}{_line(error, file)}: {_reason(error)}") from error
+
+
+def _call(module: ModuleType, file: str, argument: str) -> ConfigDict:
+    if not callable(getattr(module, "get_config", None)):
+        raise ConfigError("it has no function get_config()")
+    config = module.get_config(argument) if argument else module.get_config()
+    if isinstance(config, ExperimentConfig):
+        return to_config_dict(config)
+    if not isinstance(config, ConfigDict):
+        returned = "None" if config is None else f"a {type(config).__name__}"
+        raise ConfigError(f"get_config() returned {returned}, not an ExperimentConfig; add return")
+    # A frozen one takes no overrides.
+    return ConfigDict(config) if isinstance(config, FrozenConfigDict) else config
+
+
+def _line(error: Exception, file: str) -> str:
+    """` line N`, the last of the recipe on the way to the error, where there is one."""
+    if isinstance(error, SyntaxError) and error.filename == file:
+        return f" line {error.lineno}"
+    numbers = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    return f" line {numbers[-1]}" if numbers else ""
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
+    if isinstance(error, UserError):
+        return text
+    match = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
+    if match and dataclasses.is_dataclass(section := getattr(schema, match[1], None)):
+        # From Python 3.13 the message has a suggestion of its own: all say the same here.
+        names = [field.name for field in dataclasses.fields(section)]
+        near = difflib.get_close_matches(match[2], names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"its fields: {', '.join(names)}"
+        text = f"{match[1]} has no field {match[2]!r}; {hint}"
+    return f"{type(error).__name__}: {text}"

@@ -170,7 +170,7 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.98
     epsilon: float = 1e-6
-    weight_decay: float = 0.2  # matrices only: no biases, norms, embeddings, logit scale
+    weight_decay: float = 0.2  # skips biases, norms, position and class embeddings, logit scale
     clip_global_norm: float | None = 1.0
 
 

@@ -49,7 +49,12 @@ _NOT_NEGATIVE = (
     "schedule.warmup_steps",
     "evaluation.every_steps",
 )
-_SHARES = ("schedule.end_fraction", "optimizer.b1", "optimizer.b2")  # in [0, 1]
+_SHARES = ("schedule.end_fraction",)  # in [0, 1]
+_DECAYS = ("optimizer.b1", "optimizer.b2")  # in [0, 1): at 1 the bias correction divides by 0
+
+# What `data.tokenizers.Tokenizer.train` makes: all bytes, padding, start and end of text.
+_BPE_EOT_ID = 2
+_BPE_MIN_VOCAB_SIZE = 256 + 3
 
 
 def validate(config: ExperimentConfig) -> ExperimentConfig:
@@ -61,6 +66,8 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     _check_range(flat, _POSITIVE, lambda v: v > 0, "positive")
     _check_range(flat, _NOT_NEGATIVE, lambda v: v >= 0, "0 or more")
     _check_range(flat, _SHARES, lambda v: 0 <= v <= 1, "between 0 and 1")
+    _check_range(flat, _DECAYS, lambda v: 0 <= v < 1, "0 or more and below 1")
+    _check_range(flat, ("seed",), lambda v: v < 2**63, "below 2**63")
     _check_model(config.model)
     _check_loss(config)
     _check_data(config)
@@ -70,13 +77,8 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
             f"config.mesh must be positive sizes of (data, fsdp, tensor) with at most one -1, "
             f"got {config.mesh}"
         )
-    for tower in ("image", "text"):
-        heads, tensor = getattr(config.model, tower).num_heads, config.mesh[2]
-        if tensor > 1 and heads % tensor:
-            raise ConfigError(
-                f"config.model.{tower}.num_heads {heads} is not divisible by the tensor axis "
-                f"{tensor} of config.mesh {config.mesh}"
-            )
+    if config.mesh[2] != -1:
+        _check_heads(config, config.mesh)
     return config
 
 
@@ -90,6 +92,7 @@ def check_devices(config: ExperimentConfig, num_devices: int) -> tuple[int, int,
         )
     sizes = [num_devices // fixed if size == -1 else size for size in config.mesh]
     data, fsdp, tensor = sizes
+    _check_heads(config, (data, fsdp, tensor))
     shards = data * fsdp
     for name, batch, parts, spelled in (
         (
@@ -145,6 +148,17 @@ def _check_model(model: ModelConfig) -> None:
             f"{model.text.vocab_size} tokens"
         )
     _check_image(model.image)
+
+
+def _check_heads(config: ExperimentConfig, mesh: tuple[int, int, int]) -> None:
+    for tower in ("image", "text"):
+        heads, tensor = getattr(config.model, tower).num_heads, mesh[2]
+        if heads % tensor:
+            spelled = config.mesh if config.mesh == mesh else f"{config.mesh} = {mesh}"
+            raise ConfigError(
+                f"config.model.{tower}.num_heads {heads} is not divisible by the tensor axis "
+                f"{tensor} of config.mesh {spelled}"
+            )
 
 
 def _check_loss(config: ExperimentConfig) -> None:
@@ -212,17 +226,42 @@ def _check_data(config: ExperimentConfig) -> None:
             raise ConfigError(
                 f"config.data.sources.{name}.weight must be positive, got {source.weight}"
             )
-    if config.data.tokenizer.kind == "file" and not config.data.tokenizer.path:
-        raise ConfigError("config.data.tokenizer.path is empty; name a tokenizer.json")
+    _check_tokenizer(config)
     _check_augment(config.data.augment)
     for name, eval_set in config.evaluation.sets.items():
         if not eval_set.path:
             raise ConfigError(f"config.evaluation.sets.{name}.path is empty")
+        if eval_set.zero_shot_ways < 0 or eval_set.zero_shot_ways == 1:
+            raise ConfigError(
+                f"config.evaluation.sets.{name}.zero_shot_ways must be 2 or more, or 0 for no "
+                f"zero-shot score, got {eval_set.zero_shot_ways}"
+            )
         if not eval_set.templates or any("{}" not in t for t in eval_set.templates):
             raise ConfigError(
                 f"config.evaluation.sets.{name}.templates must be prompts that contain {{}}, "
                 f"got {eval_set.templates}"
             )
+
+
+def _check_tokenizer(config: ExperimentConfig) -> None:
+    tokenizer, text = config.data.tokenizer, config.model.text
+    if tokenizer.kind == "file":
+        if not tokenizer.path:
+            raise ConfigError("config.data.tokenizer.path is empty; name a tokenizer.json")
+        return
+    own = "config.data.tokenizer.kind=file and path=tokenizer.json for a tokenizer you have"
+    if text.eot_id != _BPE_EOT_ID:
+        raise ConfigError(
+            f"config.data.tokenizer.kind 'bpe' trains a tokenizer whose end of text is token "
+            f"{_BPE_EOT_ID}, but config.model.text.eot_id is {text.eot_id}; set "
+            f"config.model.text.eot_id={_BPE_EOT_ID}, or {own}"
+        )
+    if text.vocab_size < _BPE_MIN_VOCAB_SIZE:
+        raise ConfigError(
+            f"config.data.tokenizer.kind 'bpe' needs config.model.text.vocab_size "
+            f"{_BPE_MIN_VOCAB_SIZE} or more (256 bytes and 3 special tokens), got "
+            f"{text.vocab_size}; raise it, or set {own}"
+        )
 
 
 def _check_augment(augment: AugmentConfig) -> None:
@@ -250,7 +289,8 @@ def _check_steps(config: ExperimentConfig) -> None:
     if config.schedule.warmup_steps > config.num_steps:
         raise ConfigError(
             f"config.schedule.warmup_steps {config.schedule.warmup_steps} is more than num_steps "
-            f"{config.num_steps}"
+            f"{config.num_steps}; set config.schedule.warmup_steps too, to {config.num_steps} or "
+            "less"
         )
     if config.global_batch_size % config.microbatches:
         raise ConfigError(

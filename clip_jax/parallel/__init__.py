@@ -1,11 +1,16 @@
 """Mesh, multi-host start-up, and the table of sharding rules."""
 
 from clip_jax.parallel.agreement import from_first_process
-from clip_jax.parallel.mesh import BATCH_AXES, MESH_AXES, make_mesh, start_processes
+from clip_jax.parallel.mesh import (
+    BATCH_AXES,
+    MESH_AXES,
+    check_rows_of_processes,
+    make_mesh,
+    start_processes,
+)
 from clip_jax.parallel.sharding import (
     RULES,
     batch_sharding,
-    check_rows_of_processes,
     matching_rules,
     partition_spec,
     replicated,

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from clip_jax.config import ConfigError
 from clip_jax.parallel.mesh import BATCH_AXES
 
 logger = logging.getLogger(__name__)
@@ -110,22 +109,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
-
-
-def check_rows_of_processes(mesh: Mesh) -> None:
-    """Raises ConfigError where two processes would have to feed the same rows of a batch.
-
-    Each process reads rows of its own, so the devices of a shard must belong to one process.
-    """
-    rows = mesh.devices.reshape(-1, mesh.devices.shape[-1])
-    for devices in rows:
-        processes = {device.process_index for device in devices}
-        if len(processes) > 1:
-            raise ConfigError(
-                f"the tensor axis of mesh {tuple(mesh.devices.shape)} spans {len(processes)} "
-                f"processes of {jax.local_device_count()} devices; it must lie within one: choose "
-                "config.mesh with a tensor size that divides the devices of a process"
-            )
 
 
 def to_global_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -30,9 +30,35 @@ def test_json_file_round_trips(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(to_json(CONFIG))
     assert load_json(path) == CONFIG
-    path.write_text("{")
-    with pytest.raises(ConfigError, match="not valid JSON"):
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "is not valid JSON"),
+        (b'{"name": "caf\xe9"}', "is not UTF-8 text: invalid continuation byte at 13"),
+        (b"[1]", "must hold a JSON object of settings, as clip-jax config prints; it holds a list"),
+        (b"null", "it holds a NoneType"),
+        (
+            b'{"num_step": 3}',
+            ": unknown config key config.num_step; did you mean config.num_steps?",
+        ),
+        (b'{"data": {"sources": {"a.b": {}}}}', "an entry 'a.b': leave the dot out"),
+    ],
+)
+def test_a_json_file_that_holds_no_config_is_named(tmp_path, content, message):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
         load_json(path)
+    assert str(caught.value).startswith(str(path))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_json_file_that_cannot_be_read(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        load_json(tmp_path)
 
 
 def test_a_field_that_is_none_accepts_its_type():

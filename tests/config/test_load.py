@@ -13,12 +13,13 @@ def recipe(tmp_path):
         textwrap.dedent(
             """
             from clip_jax.config import (
-                DataConfig, ExperimentConfig, SourceConfig, preset, to_config_dict)
+                DataConfig, ExperimentConfig, SourceConfig, TokenizerConfig, preset, to_config_dict)
 
             def get_config():
                 sources = {"pairs": SourceConfig(path="x.tar")}
-                return to_config_dict(
-                    ExperimentConfig(model=preset("ViT-B-32"), data=DataConfig(sources=sources)))
+                tokenizer = TokenizerConfig(kind="file", path="tokenizer.json")
+                data = DataConfig(sources=sources, tokenizer=tokenizer)
+                return to_config_dict(ExperimentConfig(model=preset("ViT-B-32"), data=data))
             """
         )
     )
@@ -53,6 +54,10 @@ def test_overrides_reach_every_level(recipe):
         ("--config.precision=bf16", "must be one of 'float32', 'bfloat16'"),
         ("--config.num_steps=0", "must be positive"),
         ("extra", "unexpected argument 'extra'"),
+        ("--config.num_steps", "--config.num_steps has no value; settings are --config.key=value"),
+        ("--config.num_steps=None", "config.num_steps must be int, got None"),
+        ("--config.remat=None", "did you mean 'none'?"),
+        ("--config.model=None", "config.model must be a group of fields, got None"),
     ],
 )
 def test_bad_overrides_are_one_line(recipe, override, message):
@@ -60,6 +65,88 @@ def test_bad_overrides_are_one_line(recipe, override, message):
         load_config([f"--config={recipe}", override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "clip_global_norm"),
+    [
+        (["=None"], None),
+        (["=0.5", "=None"], None),
+        (["=None", "=0.5"], 0.5),
+    ],
+)
+def test_none_unsets_a_field(recipe, overrides, clip_global_norm):
+    field = "--config.optimizer.clip_global_norm"
+    config = load_config([f"--config={recipe}", *(field + o for o in overrides)])
+    assert config.optimizer.clip_global_norm == clip_global_norm
+
+
+def test_none_leaves_an_unset_field_unset(recipe):
+    names = ("loss.tile_size", "logging.wandb_project", "checkpoint.keep_every_steps")
+    config = load_config([f"--config={recipe}", *(f"--config.{name}=None" for name in names)])
+    assert config == load_config([f"--config={recipe}"])
+
+
+def test_a_switch_needs_no_value(recipe):
+    off = load_config([f"--config={recipe}", "--config.logging.tensorboard=false"])
+    on = load_config([f"--config={recipe}", "--config.logging.tensorboard"])
+    assert (off.logging.tensorboard, on.logging.tensorboard) == (False, True)
+
+
+HEAD = "from clip_jax.config import *\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = 1\n\ndef get_config(:\n", " line 3: SyntaxError: invalid syntax"),
+        ("import nothing_of_that_name\n", " line 1: ModuleNotFoundError: No module named"),
+        ("x = 1\n", ": it has no function get_config()"),
+        ("get_config = 3\n", ": it has no function get_config()"),
+        ("def get_config():\n    pass\n", ": get_config() returned None, not an ExperimentConfig"),
+        ("def get_config():\n    return {}\n", ": get_config() returned a dict, not an Experiment"),
+        ("def get_config(x):\n    pass\n", ": TypeError: get_config() missing 1 required"),
+        (
+            "def get_config():\n    return part()\n\ndef part():\n    return 1 / 0\n",
+            " line 5: ZeroDivisionError: division by zero",
+        ),
+        ("def get_config():\n    raise OSError('two\\nlines')\n", " line 2: OSError: two lines"),
+        (
+            HEAD + "def get_config():\n    return preset('vit-b-32')\n",
+            " line 3: unknown model 'vit-b-32'; did you mean ViT-B-32",
+        ),
+        (
+            HEAD + "def get_config():\n    return ExperimentConfig(\n        modle=None)\n",
+            " line 3: TypeError: ExperimentConfig has no field 'modle'; did you mean model?",
+        ),
+        (
+            HEAD + "def get_config():\n    return LossConfig(zzz=1)\n",
+            " line 3: TypeError: LossConfig has no field 'zzz'; its fields: kind, duplicates,",
+        ),
+    ],
+)
+def test_what_a_recipe_raises_is_one_line(tmp_path, text, message):
+    path = tmp_path / "recipe.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config([f"--config={path}"])
+    assert str(caught.value).startswith(f"recipe {path}{message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_may_return_the_dataclass(recipe):
+    expected = load_config([f"--config={recipe}", "--config.seed=3"])
+    recipe.write_text(recipe.read_text().replace("return to_config_dict(", "return ("))
+    assert load_config([f"--config={recipe}", "--config.seed=3"]) == expected
+
+
+def test_a_recipe_may_return_a_frozen_config(recipe):
+    expected = load_config([f"--config={recipe}", "--config.seed=3"])
+    text = recipe.read_text().replace("return to_config_dict(", "return frozen(")
+    frozen = "    return FrozenConfigDict(to_config_dict(config))"
+    head = "from ml_collections import FrozenConfigDict\n"
+    recipe.write_text(f"{head}{text}\ndef frozen(config):\n{frozen}\n")
+    assert load_config([f"--config={recipe}", "--config.seed=3"]) == expected
 
 
 def test_missing_recipe(tmp_path):

@@ -6,9 +6,8 @@ import pytest
 from jax.sharding import PartitionSpec
 from small import mesh_of, small_config, small_model
 
-from clip_jax.config import PRESETS, ConfigError, ExperimentConfig
+from clip_jax.config import PRESETS, ExperimentConfig
 from clip_jax.parallel import (
-    check_rows_of_processes,
     matching_rules,
     partition_spec,
     to_global_batch,
@@ -80,19 +79,3 @@ def test_small_config_has_no_replicated_matrix(caplog):
     for path, leaf in paths(state.params):
         if leaf.ndim > 1 and "kernel" in path:
             assert any(leaf.sharding.spec), path
-
-
-def test_a_shard_on_two_processes_is_refused():
-    """Stand-ins for devices of two hosts with two devices each."""
-
-    class Device:
-        def __init__(self, process_index: int) -> None:
-            self.process_index = process_index
-
-    class Devices:
-        devices = np.array([Device(0), Device(0), Device(1), Device(1)]).reshape(2, 1, 2)
-
-    check_rows_of_processes(Devices())
-    Devices.devices = Devices.devices.reshape(1, 1, 4)
-    with pytest.raises(ConfigError, match=r"tensor axis of mesh \(1, 1, 4\) spans 2 processes"):
-        check_rows_of_processes(Devices())
