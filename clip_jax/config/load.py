@@ -78,11 +78,7 @@ def _split_unset(overrides: list[str]) -> tuple[list[str], list[str]]:
     """
     last = {override.split("=", 1)[0]: override for override in overrides}
     unset = [key for key, override in last.items() if override == f"{key}=None"]
-    kept = [
-        override
-        for override in overrides
-        if (key := override.split("=", 1)[0]) not in unset and override != f"{key}=None"
-    ]
+    kept = [override for override in overrides if override.split("=", 1)[1:] != ["None"]]
     return kept, [key.removeprefix("--config.") for key in unset]
 
 
@@ -119,6 +115,7 @@ def _call(module: ModuleType, file: str, argument: str) -> ConfigDict:
 
 def _line(error: Exception, file: str) -> str:
     """` line N`, the last of the recipe on the way to the error, where there is one."""
+    file = os.path.abspath(file)  # as the import system spells it
     if isinstance(error, SyntaxError) and error.filename == file:
         return f" line {error.lineno}"
     numbers = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]

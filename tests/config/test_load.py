@@ -134,6 +134,13 @@ def test_what_a_recipe_raises_is_one_line(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_recipe_is_found_from_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.py").write_text("def get_config():\n    return 1 / 0\n")
+    with pytest.raises(ConfigError, match=r"^recipe recipe\.py line 2: ZeroDivisionError"):
+        load_config(["--config=recipe.py"])
+
+
 def test_a_recipe_may_return_the_dataclass(recipe):
     expected = load_config([f"--config={recipe}", "--config.seed=3"])
     recipe.write_text(recipe.read_text().replace("return to_config_dict(", "return ("))
