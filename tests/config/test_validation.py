@@ -74,6 +74,18 @@ def test_the_small_config_is_valid():
         ({"data__augment__crop_scale": [0.9, 0.5]}, "crop_scale must be (low, high) with 0 < low"),
         ({"data__augment__crop_scale": [0.9, 1.5]}, "are shares, at most 1"),
         ({"data__augment__object_view__pale": 1.5}, "object_view.pale is a probability, at most 1"),
+        ({"loss__label_smoothing": 1.0}, "label_smoothing must be 0 or more and below 1, got 1.0"),
+        ({"loss__kind": "sigmoid"}, "'sigmoid' needs a bias: config.model.logit_bias_init=-10.0"),
+        ({"model__logit_bias_init": -10.0}, "-10.0 is never learned under config.loss.kind"),
+        (
+            {
+                "loss__kind": "sigmoid",
+                "model__logit_bias_init": -10.0,
+                "loss__label_smoothing": 0.1,
+            },
+            "label_smoothing 0.1 has no meaning for kind 'sigmoid'",
+        ),
+        ({"loss__beta": -1.0}, "config.loss.beta must be 0 or more"),
         ({"data__augment__hue": -0.1}, "data.augment.hue must be 0 or more"),
         ({"data__sources__pairs__first_caption": 2.0}, "first_caption must be between 0 and 1"),
         ({"evaluation__sets": {"a": {"path": "x", "templates": ["photo"]}}}, "contain {}"),
