@@ -110,12 +110,11 @@ def test_metrics_have_the_promised_fields(whole_run, config):
 def test_ten_steps_equal_some_stop_and_resume(whole_run, config, tmp_path, capsys, number):
     """A signal from outside, at whatever step it strikes: the numbers are those of no stop."""
     workdir = Workdir(tmp_path / "run")
-    # Slower logging of nothing: give the signal steps to strike at.
     config = dataclasses.replace(config, checkpoint=CheckpointConfig(every_steps=1000))
 
     def interrupt() -> None:
-        while len(read_metrics(workdir.metrics)) < 3:
-            time.sleep(0.005)
+        while not read_metrics(workdir.metrics):
+            time.sleep(0.001)
         os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=interrupt)
@@ -123,7 +122,7 @@ def test_ten_steps_equal_some_stop_and_resume(whole_run, config, tmp_path, capsy
     outcome = train(config, workdir)
     thread.join()
     assert not outcome.finished
-    assert 3 <= outcome.step < 10
+    assert 1 <= outcome.step < 10
     assert CheckpointStore(workdir.checkpoints).steps() == [outcome.step]
     said = capsys.readouterr().err
     assert f"stopped at step {outcome.step}, saved. To go on: " in said
