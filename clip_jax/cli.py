@@ -89,9 +89,10 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     config = load_config([f"--config={arguments.config}", *overrides])
     from clip_jax.checkpoint import Workdir
+    from clip_jax.data.sources import cache_dir
     from clip_jax.training.loop import train
 
-    _start(arguments, config.data.cache_dir)
+    _start(arguments, cache_dir(config.data))
     workdir = Workdir(arguments.workdir)
     outcome = train(config, workdir, allow_config_change=arguments.allow_config_change)
     if not outcome.finished:
@@ -107,22 +108,22 @@ def _eval(arguments: argparse.Namespace, overrides: list[str]) -> int:
     workdir = Workdir(arguments.workdir)
     workdir.load_config()
     config = load_config([f"--config={workdir.config}", *overrides])
+    from clip_jax.data.sources import cache_dir
     from clip_jax.training.evaluate_run import evaluate_run
 
-    _start(arguments, config.data.cache_dir)
+    _start(arguments, cache_dir(config.data))
     _print_result(*evaluate_run(config, workdir, step=arguments.step))
     return 0
 
 
-def _start(arguments: argparse.Namespace, cache_dir: str | None) -> None:
+def _start(arguments: argparse.Namespace, cache: Path) -> None:
     import jax
 
     from clip_jax.parallel import start_processes
 
     # A second start of the same program compiles nothing. $JAX_COMPILATION_CACHE_DIR wins.
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        root = cache_dir or os.environ.get("CLIP_JAX_CACHE") or "~/.cache/clip_jax"
-        jax.config.update("jax_compilation_cache_dir", str(Path(root).expanduser() / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
     start_processes(
         arguments.coordinator,
         arguments.num_processes,

@@ -1,14 +1,11 @@
 """Saving and restoring a run: the one module that knows Orbax."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
 from orbax.checkpoint import v1 as ocp
 
 from clip_jax.config import CheckpointConfig, UserError
-
-logger = logging.getLogger(__name__)
 
 SKIP = ocp.PLACEHOLDER
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import logging
 import shlex
 import signal
 import sys
@@ -29,8 +28,6 @@ from clip_jax.training.state import TrainState, abstract_state, count_parameters
 from clip_jax.training.step import make_train_step
 from clip_jax.training.telemetry import MetricsWriter, ProgressLine, check_logging
 from clip_jax.training.vocabulary import prepare_tokenizer
-
-logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
