@@ -74,9 +74,9 @@ def test_misfits_and_missing_steps_are_one_line(saved, tmp_path):
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"no checkpoint of step 3 .*there are \[4, 8, 10\]"):
         store.restore(abstract, 3)
-    with contextlib.closing(CheckpointStore(tmp_path)) as empty:
-        with pytest.raises(UserError, match="no checkpoint in"):
-            empty.restore(abstract)
+    empty = CheckpointStore(tmp_path)
+    with contextlib.closing(empty), pytest.raises(UserError, match="no checkpoint in"):
+        empty.restore(abstract)
 
 
 def test_another_store_reads_what_was_saved(saved):
