@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import jax
 from orbax.checkpoint import v1 as ocp
 
 from clip_jax.config import CheckpointConfig, UserError
@@ -68,15 +69,20 @@ class CheckpointStore:
         step = self._existing(step)
         path = self._directory / str(step)
         try:
-            # Checkpointer.load hides the cause of a misfit behind a NoEntryError.
-            return ocp.load(path, abstract, checkpointable_name="state")
+            # Before anything is read: a load that fails half-way leaves tasks behind in Orbax.
+            problem = _misfit(self._stored(step), abstract)
+            if problem is None:
+                # Checkpointer.load hides the cause of a failure behind a NoEntryError.
+                return ocp.load(path, abstract, checkpointable_name="state")
         except (ValueError, KeyError, TypeError, OSError) as error:
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-            older = [other for other in self.steps() if other < step]
-            remedy = f"; to go on from step {older[-1]}, delete it" if older else ""
-            raise UserError(
-                f"checkpoint {path} cannot be restored: {first_line}{remedy}"
-            ) from error
+            problem = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        older = [other for other in self.steps() if other < step]
+        remedy = f"; to go on from step {older[-1]}, delete it" if older else ""
+        raise UserError(f"checkpoint {path} cannot be restored: {problem}{remedy}")
+
+    def _stored(self, step: int) -> Any:
+        """Shapes and dtypes of the arrays of `step`."""
+        return self._checkpointer.checkpointables_metadata(step).metadata["state"]
 
     def _existing(self, step: int | None) -> int:
         steps = self.steps()
@@ -94,3 +100,20 @@ class CheckpointStore:
 
     def close(self) -> None:
         self._checkpointer.close()
+
+
+def _misfit(stored: Any, wanted: Any) -> str | None:
+    """The first array of `wanted` that `stored` lacks, has in another shape, or has too many."""
+    have, want = _by_path(stored), _by_path(wanted)
+    for path, leaf in want.items():
+        if path not in have:
+            return f"it has no {path}"
+        if leaf is not SKIP and tuple(have[path].shape) != tuple(leaf.shape):
+            return f"{path} has shape {tuple(have[path].shape)}, not {tuple(leaf.shape)}"
+    surplus = [path for path in have if path not in want]
+    return f"it has {surplus[0]}, which this model has not" if surplus else None
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
