@@ -47,6 +47,7 @@ def get_config():
                     depth=2,
                     num_heads=4,
                     activation="quick_gelu",
+                    class_token=False,
                     pre_norm=False,
                     pooling="mean",
                     mean=(0.5, 0.5, 0.5),

@@ -26,6 +26,7 @@ from clip_jax.config.schema import (
     OptimizerConfig,
     ScheduleConfig,
     SourceConfig,
+    StartConfig,
     TextTowerConfig,
     TokenizerConfig,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "OptimizerConfig",
     "ScheduleConfig",
     "SourceConfig",
+    "StartConfig",
     "TextTowerConfig",
     "TokenizerConfig",
     "UserError",

@@ -6,7 +6,13 @@ from typing import Any
 
 from clip_jax.config.convert import flatten
 from clip_jax.config.errors import ConfigError
-from clip_jax.config.schema import AugmentConfig, ExperimentConfig, ImageTowerConfig, ModelConfig
+from clip_jax.config.schema import (
+    AugmentConfig,
+    ExperimentConfig,
+    ImageTowerConfig,
+    ModelConfig,
+    TextTowerConfig,
+)
 
 _POSITIVE = (
     "num_steps",
@@ -17,6 +23,9 @@ _POSITIVE = (
     "model.logit_scale_max",
     "model.image.image_size",
     "model.image.patch_size",
+    "model.image.max_num_patches",
+    "model.image.batch_norm_group_size",
+    "model.image.layer_scale_init",
     "model.image.width",
     "model.image.depth",
     "model.image.num_heads",
@@ -29,6 +38,7 @@ _POSITIVE = (
     "model.text.num_heads",
     "model.text.mlp_ratio",
     "model.text.layer_norm_epsilon",
+    "model.text.num_segments",
     "loss.tile_size",
     "data.num_threads",
     "data.prefetch_batches",
@@ -44,17 +54,28 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "seed",
     "data.num_workers",
+    "model.image.num_registers",
+    "model.text.pad_id",
     "loss.beta",
     "optimizer.weight_decay",
     "schedule.warmup_steps",
     "evaluation.every_steps",
 )
 _SHARES = ("schedule.end_fraction",)  # in [0, 1]
-_DECAYS = ("optimizer.b1", "optimizer.b2")  # in [0, 1): at 1 the bias correction divides by 0
+# In [0, 1): at 1 the bias correction divides by 0.
+_DECAYS = ("optimizer.b1", "optimizer.b2", "optimizer.ema_decay", "model.image.patch_dropout")
+
 
 # What `data.tokenizers.Tokenizer.train` makes: all bytes, padding, start and end of text.
 _BPE_EOT_ID = 2
 _BPE_MIN_VOCAB_SIZE = 256 + 3
+
+_KINDS_WITH_HEADS = {"image": ("vit", "naflex"), "text": ("transformer", "bert")}
+_TEXT_POOLINGS = {
+    "transformer": ("eot", "last", "class_token", "mean", "attention"),
+    "bert": ("class_token", "mean"),
+    "cbow": ("mean",),
+}
 
 
 def validate(config: ExperimentConfig) -> ExperimentConfig:
@@ -126,38 +147,64 @@ def _check_range(
 
 
 def _check_model(model: ModelConfig) -> None:
-    for tower in ("image", "text"):
-        width, heads = getattr(model, tower).width, getattr(model, tower).num_heads
-        if width % heads:
+    for tower, kinds in _KINDS_WITH_HEADS.items():
+        settings = getattr(model, tower)
+        if settings.kind in kinds and settings.width % settings.num_heads:
             raise ConfigError(
-                f"config.model.{tower}.width {width} is not divisible by num_heads {heads}"
+                f"config.model.{tower}.width {settings.width} is not divisible by num_heads "
+                f"{settings.num_heads}"
             )
     if model.logit_scale_init > model.logit_scale_max:
         raise ConfigError(
             f"config.model.logit_scale_init {model.logit_scale_init} is above logit_scale_max "
             f"{model.logit_scale_max}; it is the multiplier, not the temperature or its logarithm"
         )
-    if model.text.context_length < 3:
+    _check_image(model.image)
+    _check_text(model.text)
+    for tower in ("image", "text"):
+        width = getattr(model, tower).width
+        if getattr(model, f"{tower}_projection") == "none" and width != model.embed_dim:
+            raise ConfigError(
+                f"config.model.{tower}_projection 'none' needs a tower as wide as the embedding: "
+                f"config.model.{tower}.width is {width}, embed_dim {model.embed_dim}"
+            )
+
+
+def _check_text(text: TextTowerConfig) -> None:
+    if text.context_length < 3:
         raise ConfigError(
-            f"config.model.text.context_length {model.text.context_length} has no room for a word "
+            f"config.model.text.context_length {text.context_length} has no room for a word "
             "between the begin and end of text; use 3 or more"
         )
-    if not 0 <= model.text.eot_id < model.text.vocab_size:
+    for name in ("eot_id", "pad_id"):
+        token = getattr(text, name)
+        if token is not None and not 0 <= token < text.vocab_size:
+            raise ConfigError(
+                f"config.model.text.{name} {token} is outside the vocabulary of "
+                f"{text.vocab_size} tokens"
+            )
+    if text.pooling == "eot" and text.eot_id is None:
         raise ConfigError(
-            f"config.model.text.eot_id {model.text.eot_id} is outside the vocabulary of "
-            f"{model.text.vocab_size} tokens"
+            "config.model.text.pooling 'eot' needs config.model.text.eot_id, the end of text"
         )
-    _check_image(model.image)
+    poolings = _TEXT_POOLINGS[text.kind]
+    if text.pooling not in poolings:
+        raise ConfigError(
+            f"config.model.text.pooling {text.pooling!r} is not one of kind {text.kind!r}: "
+            f"{', '.join(poolings)}"
+        )
+    if text.pooler and text.pooling != "class_token":
+        raise ConfigError("config.model.text.pooler needs config.model.text.pooling=class_token")
 
 
 def _check_heads(config: ExperimentConfig, mesh: tuple[int, int, int]) -> None:
-    for tower in ("image", "text"):
-        heads, tensor = getattr(config.model, tower).num_heads, mesh[2]
-        if heads % tensor:
+    for tower, kinds in _KINDS_WITH_HEADS.items():
+        settings, tensor = getattr(config.model, tower), mesh[2]
+        if settings.kind in kinds and settings.num_heads % tensor:
             spelled = config.mesh if config.mesh == mesh else f"{config.mesh} = {mesh}"
             raise ConfigError(
-                f"config.model.{tower}.num_heads {heads} is not divisible by the tensor axis "
-                f"{tensor} of config.mesh {spelled}"
+                f"config.model.{tower}.num_heads {settings.num_heads} is not divisible by the "
+                f"tensor axis {tensor} of config.mesh {spelled}"
             )
 
 
@@ -184,6 +231,28 @@ def _check_loss(config: ExperimentConfig) -> None:
 
 
 def _check_image(image: ImageTowerConfig) -> None:
+    if image.kind == "resnet":
+        _check_resnet(image)
+        return
+    if image.pooling == "class_token" and not image.class_token:
+        raise ConfigError(
+            "config.model.image.pooling 'class_token' needs config.model.image.class_token=True"
+        )
+    if image.pooling == "none":
+        raise ConfigError(
+            "config.model.image.pooling 'none' gives no embedding to contrast; it is for towers "
+            "used on their own"
+        )
+    if image.kind == "naflex" and (image.stem != "patch" or image.class_token):
+        raise ConfigError(
+            "config.model.image.kind 'naflex' takes patches as they are: "
+            "config.model.image.stem=patch and config.model.image.class_token=False"
+        )
+    if image.position_embedding == "sincos2d" and image.width % 4:
+        raise ConfigError(
+            f"config.model.image.position_embedding 'sincos2d' needs a width divisible by 4, got "
+            f"{image.width}"
+        )
     if image.image_size % image.patch_size:
         below = image.image_size // image.patch_size * image.patch_size
         nearest = f"{below} or {below + image.patch_size}" if below else f"{image.patch_size}"
@@ -209,6 +278,24 @@ def _check_image(image: ImageTowerConfig) -> None:
         )
     if any(s <= 0 for s in image.std):
         raise ConfigError(f"config.model.image.std must be positive, got {image.std}")
+
+
+def _check_resnet(image: ImageTowerConfig) -> None:
+    if len(image.resnet_layers) != 4 or min(image.resnet_layers) < 1:
+        raise ConfigError(
+            "config.model.image.resnet_layers must be the blocks of four stages, as (3, 4, 6, 3), "
+            f"got {image.resnet_layers}"
+        )
+    if image.patch_size != 32 or image.image_size % 32:
+        raise ConfigError(
+            "config.model.image.kind 'resnet' has a stride of 32: patch_size must be 32 and "
+            f"image_size a multiple of it, got {image.patch_size} and {image.image_size}"
+        )
+    if image.width % 2 or 32 * image.width % image.num_heads:
+        raise ConfigError(
+            f"config.model.image.width {image.width} must be even, and 32 x width divisible by "
+            f"num_heads {image.num_heads}"
+        )
 
 
 def _check_data(config: ExperimentConfig) -> None:

@@ -9,7 +9,7 @@ def forward_flops(model: ModelConfig) -> tuple[int, int]:
     """FLOPs of one image and of one text through tower and projection (2 per multiply-add)."""
     image, text = model.image, model.text
     num_patches = (image.image_size // image.patch_size) ** 2
-    image_tokens = num_patches + (image.pooling == "class_token")
+    image_tokens = num_patches + image.class_token
     image_flops = _blocks(image, image_tokens) + _stem(image) + _attention_pooling(image)
     image_flops += 2 * image.width * model.embed_dim
     text_flops = _blocks(text, text.context_length) + 2 * text.width * model.embed_dim

@@ -151,7 +151,7 @@ class VisionTransformer(nnx.Module):
         self.stem = stem(config, execution, rngs=rngs)
         num_tokens = (config.image_size // config.patch_size) ** 2
         scale = config.width**-0.5  # Radford et al. 2021, released code
-        if config.pooling == "class_token":
+        if config.class_token:
             num_tokens += 1
             self.class_embedding = nnx.Param(
                 scale * jax.random.normal(rngs.params(), (config.width,))
@@ -169,7 +169,7 @@ class VisionTransformer(nnx.Module):
     def __call__(self, image_BHWC: Array) -> tuple[Array, Array]:
         dtype = self.execution.dtype
         x_BTD = self.stem(normalize_image(image_BHWC, self.config).astype(dtype))
-        if self.config.pooling == "class_token":
+        if self.config.class_token:
             shape = (x_BTD.shape[0], 1, x_BTD.shape[2])
             class_B1D = jnp.broadcast_to(self.class_embedding[...].astype(dtype), shape)
             x_BTD = jnp.concatenate([class_B1D, x_BTD], axis=1)

@@ -18,9 +18,9 @@ def tower(**changes) -> tuple[ImageTowerConfig, VisionTransformer]:
 
 OPTIONS = [
     {},
-    {"pooling": "mean"},
-    {"pooling": "attention", "pre_norm": False},
-    {"stem": "conv", "stem_widths": (8, 16), "stem_strides": (2, 2), "pooling": "mean"},
+    {"pooling": "mean", "class_token": False},
+    {"pooling": "attention", "pre_norm": False, "class_token": False},
+    {"stem": "conv", "stem_widths": (8, 16), "stem_strides": (2, 2)},
     {"stem": "conv", "stem_widths": (8, 8, 16, 32), "stem_strides": (2, 1, 2, 2)},
 ]
 
@@ -32,7 +32,7 @@ def test_shapes_and_every_parameter_has_a_gradient(changes):
     pooled, tokens = model(image)
     assert pooled.shape == (3, 32)
     assert pooled.dtype == jnp.float32
-    assert tokens.shape == (3, 4 + (config.pooling == "class_token"), 32)
+    assert tokens.shape == (3, 4 + config.class_token, 32)
     gradients = jax.grad(lambda m: (m(image)[0] ** 3).sum())(model)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
         assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
