@@ -42,10 +42,11 @@ def contrastive_loss(
 
     Call it inside `jax.shard_map` with this device's rows; without `axis_names` it needs no
     `shard_map` and the rows are the whole batch. Memory is linear in the local batch and does not
-    grow with the number of devices. Differentiable (reverse mode) in embeddings, scale and bias.
+    grow with the number of devices. Differentiable (reverse mode) in embeddings, scale and bias,
+    from outside `shard_map`, or inside it with `check_vma` on (the default).
 
     image_embeddings, text_embeddings: [b, E], unit length, row i of each is a pair. Statistics,
-        loss and gradients are float32 whatever their dtype.
+        loss and gradients are computed in float32 whatever their dtype.
     logit_scale: scalar multiplier, 1 / temperature, above 0; not its logarithm.
     logit_bias: scalar added to the logits. A softmax is blind to it: gradient zero.
     kind: 'softmax': InfoNCE both ways (Radford et al. 2021, fig. 3); 'sigmoid': SigLIP (Zhai et
@@ -61,8 +62,8 @@ def contrastive_loss(
     beta: concentration of the hardness weights of negatives, exp(beta logit) scaled to mean one
         over a row's (column's) negatives, without gradient (Robinson et al. 2021, section 4).
     label_smoothing: share of the target spread evenly over a row's candidates; softmax only.
-    product_dtype: of the factors of the matrix products, which are summed in float32; with
-        bfloat16 text blocks travel in it too.
+    product_dtype: float32 or bfloat16, of the factors of the matrix products, which are summed in
+        float32; with bfloat16 text blocks travel in it too.
     tile_size: rows and columns of logits held at a time; None: chosen from the shapes.
     bidirectional: half of each block travels either way round the ring.
 
@@ -80,6 +81,11 @@ def contrastive_loss(
         further_positives=has_ids and duplicates == "positive",
     )
     _check(image_embeddings, text_embeddings, weights, image_ids, text_ids, duplicates, tile_size)
+    for name, value in (("logit_scale", logit_scale), ("logit_bias", logit_bias)):
+        if value is not None and jnp.ndim(value):
+            raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}")
+    if jnp.dtype(product_dtype) not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"product_dtype {jnp.dtype(product_dtype)} is not float32 or bfloat16")
     ring_axes, replicated_axes = _names(axis_names), _names(replicated_axis_names)
     if both := set(ring_axes) & set(replicated_axes):
         raise ValueError(f"axes {sorted(both)} cannot be both split and replicated batch axes")
@@ -200,5 +206,7 @@ def _check(
             raise ValueError(f"{name} must be int32 hashes, got {ids.dtype}")
     if duplicates not in ("exclude", "positive"):
         raise ValueError(f"duplicates {duplicates!r} is not 'exclude' or 'positive'")
+    if duplicates == "positive" and image_ids is None and text_ids is None:
+        raise ValueError("duplicates 'positive' needs image_ids or text_ids")
     if tile_size is not None and tile_size < 1:
         raise ValueError(f"tile_size {tile_size} must be positive")

@@ -107,6 +107,7 @@ def _dense(
 ) -> tuple[Array, Metrics]:
     own_IJ = jnp.eye(image_BE.shape[0], dtype=bool)
     weight_B = jnp.ones(image_BE.shape[0], image_BE.dtype) if weights is None else weights
+    weight_sum = jnp.where(jnp.any(weight_B), weight_B.sum(), 1)  # all padding: 0, not 0 / 0
     present_IJ = (weight_B[:, None] > 0) & (weight_B[None, :] > 0)
     duplicate_IJ = jnp.zeros_like(own_IJ)
     for ids_B in (image_ids, text_ids):
@@ -120,7 +121,7 @@ def _dense(
         image_to_text_B = row_loss(logits_IJ, positive_IJ, negative_IJ)
         text_to_image_B = row_loss(logits_IJ.T, positive_IJ.T, negative_IJ.T)
         total = jnp.sum(weight_B * (image_to_text_B + text_to_image_B))
-        return 0.5 * total / weight_B.sum()
+        return 0.5 * total / weight_sum
 
     # GPUs and TPUs round float32 products to fewer bits by default; the loss keeps them all.
     cosine_IJ = jnp.matmul(image_BE, text_BE.T, precision=jax.lax.Precision.HIGHEST)
@@ -133,7 +134,7 @@ def _dense(
     def accuracy(cosine_IJ: Array) -> Array:
         best_positive_I = jnp.max(jnp.where(positive_IJ, cosine_IJ, -jnp.inf), axis=1)
         best_negative_I = jnp.max(jnp.where(negative_IJ, cosine_IJ, -jnp.inf), axis=1)
-        return jnp.sum(weight_B * (best_positive_I > best_negative_I)) / weight_B.sum()
+        return jnp.sum(weight_B * (best_positive_I > best_negative_I)) / weight_sum
 
     def mean(mask_IJ: Array) -> Array:
         return jnp.sum(jnp.where(mask_IJ, cosine_IJ, 0)) / jnp.maximum(mask_IJ.sum(), 1)

@@ -17,6 +17,9 @@ from clip_jax.objectives.terms import Array, Terms, TileLogits
 # Largest logit of a row that has none. Finite, so that the difference of two of them is 0.
 _NO_LOGIT = -1e30
 
+# Of a cosine of one: several times the rounding of a float32 product 1,024 wide.
+_TIE = 2.0**-18
+
 
 class Sums(NamedTuple):
     """Over the negatives of each row, or over its further positives. l is the logit.
@@ -207,7 +210,8 @@ def finish(
     own_b = own_cosine_b if bias is None else own_cosine_b + bias
     weight_b = jnp.ones_like(own_b) if weights_b is None else weights_b
     best_b = own_b if further is None else jnp.maximum(own_b, further.largest)
-    right_b = best_b > negatives.largest
+    # The own logit comes out of another product than the rest: a tie may be off by its rounding.
+    right_b = best_b - negatives.largest > _TIE * jnp.abs(own_cosine_b)
     num_positives_b = jnp.ones_like(own_b) if num_further_b is None else 1 + num_further_b
     # Scales the sums of hardness-weighted terms so that a row's weights have mean one.
     log_hardness_b = jnp.zeros_like(own_b)

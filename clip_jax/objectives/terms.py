@@ -4,6 +4,7 @@ Shape suffixes: b rows of one device, I image rows of a tile, J text rows of a t
 """
 
 import dataclasses
+import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -27,8 +28,8 @@ class Terms:
     def __post_init__(self) -> None:
         if self.kind not in ("softmax", "sigmoid"):
             raise ValueError(f"kind {self.kind!r} is not 'softmax' or 'sigmoid'")
-        if self.beta < 0:
-            raise ValueError(f"beta {self.beta} must be 0 (plain loss) or more")
+        if not 0 <= self.beta < math.inf:
+            raise ValueError(f"beta {self.beta} must be 0 (plain loss) or more, and finite")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing {self.label_smoothing} is outside [0, 1)")
         if self.kind == "sigmoid" and self.label_smoothing:

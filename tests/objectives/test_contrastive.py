@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -9,7 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-from objectives.oracle import open_clip_losses, random_pairs, relative_error, textbook
+from objectives.oracle import (
+    open_clip_losses,
+    random_pairs,
+    relative_error,
+    textbook,
+    unit_rows,
+)
 
 from clip_jax.objectives import (
     contrastive_loss,
@@ -194,6 +201,18 @@ def test_equals_open_clip_on_one_process(kind):
             assert relative_error(gradient, theirs.grad.numpy()) <= 2e-6
 
 
+def test_bfloat16_products_are_summed_in_float32_and_text_travels_in_bfloat16():
+    # Read from the program: a CPU may keep more digits than it was asked for.
+    case = dataclasses.replace(CASES["two"], options=opt(product_dtype=jnp.bfloat16))
+    rows = jax.ShapeDtypeStruct((BATCH, EMBED_DIM), jnp.float32)
+    program = str(jax.make_jaxpr(ring(case))(rows, rows, 10.0, 0.0, {}))
+    assert set(re.findall(r":(\w+)\[\d+,\d+\]\S* = dot_general", program)) == {"f32"}
+    assert set(re.findall(r"preferred_element_type=(\w+)", program)) == {"float32"}
+    # Blocks of text in either pass, and the gradient of the block.
+    blocks = re.findall(r":(\w+)\[\d+,16\]\S* = ppermute", program)
+    assert sorted(set(blocks)) == ["bf16", "f32"]
+
+
 def test_padding_changes_nothing():
     pairs = random_pairs(24, EMBED_DIM)
     image, text = np.float32(pairs["image"]), np.float32(pairs["text"])
@@ -203,7 +222,37 @@ def test_padding_changes_nothing():
     padded, metrics = loss(image, text, 10.0, weights=weights)
     assert float(padded) == pytest.approx(float(whole), rel=1e-6)
     assert all(np.isfinite(float(value)) for value in metrics.values())
-    assert float(loss(image, text, 10.0, weights=np.zeros_like(weights))[0]) == 0
+    for of_padding in (loss, jax.jit(dense_softmax_contrastive_loss)):
+        value, metrics = of_padding(image, text, 10.0, weights=np.zeros_like(weights))
+        assert float(value) == 0
+        assert all(np.isfinite(float(value)) for value in metrics.values())
+
+
+def test_a_collapsed_model_has_nothing_right():
+    accuracy = jax.jit(lambda x: softmax_contrastive_loss(x, x, 20.0)[1]["image_to_text_accuracy"])
+    for seed in range(20):
+        one = unit_rows(1, 512, seed=seed)
+        assert float(accuracy(np.float32(np.repeat(one, 64, axis=0)))) == 0, seed
+
+
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_gradients_taken_inside_shard_map_are_the_same(kind):
+    pairs = random_pairs(BATCH, EMBED_DIM)
+    inputs = [np.float32(x) for x in (pairs["image"], pairs["text"], 12.0, -4.0)]
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    rows, whole = PartitionSpec(("data", "fsdp")), PartitionSpec()
+    inside = jax.shard_map(
+        jax.grad(
+            lambda *x: contrastive_loss(*x, kind=kind, axis_names=("data", "fsdp"))[0],
+            argnums=(0, 1, 2, 3),
+        ),
+        mesh=mesh,
+        in_specs=(rows, rows, whole, whole),
+        out_specs=(rows, rows, whole, whole),
+    )
+    _, expected = ring(Case(kind, (4, 2), 5))(*inputs, {})
+    for got, gradient in zip(jax.jit(inside)(*inputs), expected, strict=True):
+        np.testing.assert_allclose(got, gradient, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
@@ -244,6 +293,11 @@ def test_softmax_is_blind_to_the_bias():
         ({"beta": -1.0}, "beta -1.0 must be 0"),
         ({"duplicates": "drop"}, "'drop' is not 'exclude' or 'positive'"),
         ({"tile_size": 0}, "tile_size 0 must be positive"),
+        ({"beta": np.inf}, "beta inf must be .* finite"),
+        ({"logit_scale": np.ones(8)}, r"logit_scale must be a scalar, got shape \(8,\)"),
+        ({"kind": "sigmoid", "logit_bias": np.ones(1)}, r"logit_bias must be a scalar.*\(1,\)"),
+        ({"product_dtype": jnp.int8}, "product_dtype int8 is not float32 or bfloat16"),
+        ({"duplicates": "positive"}, "'positive' needs image_ids or text_ids"),
     ],
 )
 def test_bad_input_is_told_at_trace_time(changes, message):
