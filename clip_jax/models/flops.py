@@ -4,43 +4,109 @@ import math
 
 from clip_jax.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 
+TowerConfig = ImageTowerConfig | TextTowerConfig
+
 
 def forward_flops(model: ModelConfig) -> tuple[int, int]:
-    """FLOPs of one image and of one text through tower and projection (2 per multiply-add)."""
+    """FLOPs of one image and of one text through tower and projection (2 per multiply-add).
+
+    At evaluation: without patch dropout. A naflex image is a full sequence of patches, padding
+    and all, and a text `context_length` tokens: what is computed, whatever is padding.
+    """
     image, text = model.image, model.text
-    num_patches = (image.image_size // image.patch_size) ** 2
-    image_tokens = num_patches + image.class_token
-    image_flops = _blocks(image, image_tokens) + _stem(image) + _attention_pooling(image)
-    image_flops += 2 * image.width * model.embed_dim
-    text_flops = _blocks(text, text.context_length) + 2 * text.width * model.embed_dim
+    image_flops = (
+        _resnet(image, model.embed_dim) if image.kind == "resnet" else _image_transformer(image)
+    )
+    image_width = model.embed_dim if image.kind == "resnet" else image.width
+    image_flops += _projection(model.image_projection, image_width, model.embed_dim)
+    text_flops = _text(text) + _projection(model.text_projection, text.width, model.embed_dim)
     return image_flops, text_flops
 
 
-def _blocks(tower: ImageTowerConfig | TextTowerConfig, num_tokens: int) -> int:
-    hidden = round(tower.width * tower.mlp_ratio)
-    per_token = 2 * tower.width * (4 * tower.width + 2 * hidden)
+def _projection(kind: str, width: int, embed_dim: int) -> int:
+    if kind == "none":
+        return 0
+    if kind == "mlp":
+        return 2 * (width + embed_dim) * ((width + embed_dim) // 2)
+    return 2 * width * embed_dim
+
+
+def _image_transformer(image: ImageTowerConfig) -> int:
+    grid_size = (image.image_size // image.patch_size) ** 2
+    if image.kind == "naflex":
+        num_patches = image.max_num_patches
+        flops = 2 * num_patches * grid_size * image.width  # resampled position embeddings
+    else:
+        num_patches, flops = grid_size, 0
+    num_prefix = image.num_registers + (image.kind == "vit" and image.class_token)
+    flops += _stem(image, num_patches) + _blocks(image, num_patches + num_prefix)
+    if image.pooling == "attention":
+        flops += _attention_pooling(image, num_patches)
+    return flops
+
+
+def _text(text: TextTowerConfig) -> int:
+    if text.kind == "cbow":
+        return 0  # sums alone
+    flops = _blocks(text, text.context_length)
+    if text.pooling == "attention":
+        flops += _attention_pooling(text, text.context_length)
+    if text.kind == "bert" and text.pooler:
+        flops += 2 * text.width**2
+    return flops
+
+
+def _mlp(tower: TowerConfig) -> int:
+    """Of one token."""
+    num_matrices = 3 if tower.activation == "swiglu" else 2
+    return 2 * num_matrices * tower.width * round(tower.width * tower.mlp_ratio)
+
+
+def _blocks(tower: TowerConfig, num_tokens: int) -> int:
+    per_token = 8 * tower.width**2 + _mlp(tower)
     attention = 4 * num_tokens**2 * tower.width  # scores and mixing; causal ones count in full
     return tower.depth * (num_tokens * per_token + attention)
 
 
-def _stem(image: ImageTowerConfig) -> int:
-    num_patches = (image.image_size // image.patch_size) ** 2
+def _attention_pooling(tower: TowerConfig, num_tokens: int) -> int:
+    per_token = 4 * tower.width**2 + 4 * tower.width  # keys and values; scores and mixing
+    # The query is projected once for the whole batch; then the output and the MLP of one token.
+    return num_tokens * per_token + 2 * tower.width**2 + _mlp(tower)
+
+
+def _stem(image: ImageTowerConfig, num_patches: int) -> int:
     if image.stem == "patch":
         return 2 * num_patches * 3 * image.patch_size**2 * image.width
     fold = image.patch_size // math.prod(image.stem_strides)
     flops, channels, size = 0, 3 * fold**2, image.image_size // fold
     for width, stride in zip(image.stem_widths, image.stem_strides, strict=True):
         size //= stride
-        flops += 2 * size**2 * 9 * channels * width
+        flops += _convolution(size, 3, channels, width)
         channels = width
     return flops + 2 * num_patches * channels * image.width
 
 
-def _attention_pooling(image: ImageTowerConfig) -> int:
-    if image.pooling != "attention":
-        return 0
-    num_tokens = (image.image_size // image.patch_size) ** 2
-    hidden = round(image.width * image.mlp_ratio)
-    per_token = 4 * image.width**2  # keys and values
-    once = 2 * image.width * (2 * image.width + 2 * hidden)  # query, output, MLP
-    return num_tokens * (per_token + 4 * image.width) + once
+def _convolution(size: int, kernel: int, channels: int, channels_out: int) -> int:
+    """`size` is the output's; the padding counts as if it were image."""
+    return 2 * size**2 * kernel**2 * channels * channels_out
+
+
+def _resnet(image: ImageTowerConfig, embed_dim: int) -> int:
+    """The layers of `models/resnet.py`: stem, four stages of bottlenecks, attention pooling."""
+    size, width = image.image_size // 2, image.width
+    flops = _convolution(size, 3, 3, width // 2) + _convolution(size, 3, width // 2, width // 2)
+    flops += _convolution(size, 3, width // 2, width)
+    size, channels = size // 2, width
+    for stage, num_blocks in enumerate(image.resnet_layers):
+        for block in range(num_blocks):
+            halves = stage > 0 and block == 0  # after the 3x3 convolution
+            inner, outer = width * 2**stage, 4 * width * 2**stage
+            flops += _convolution(size, 1, channels, inner) + _convolution(size, 3, inner, inner)
+            size = size // 2 if halves else size
+            flops += _convolution(size, 1, inner, outer)
+            if block == 0:
+                flops += _convolution(size, 1, channels, outer)  # the shortcut
+            channels = outer
+    num_tokens = size**2 + 1
+    flops += num_tokens * (4 * channels**2 + 4 * channels)  # keys and values; scores and mixing
+    return flops + 2 * channels**2 + 2 * channels * embed_dim  # one query; output

@@ -1,6 +1,7 @@
-"""Blocks that both towers are made of.
+"""Blocks that the Transformer towers are made of.
 
-Shape suffixes: B batch, T tokens, D model width, N heads, H head width, F MLP width.
+Shape suffixes: B batch, T tokens, S tokens attended to, D model width, N heads, H head width,
+F MLP width.
 Modules hold float32 parameters and do arithmetic in `Execution.dtype`; they hold no random state.
 """
 
@@ -22,6 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # Hendrycks & Gimpel 2016, section 2
+    "swiglu": jax.nn.silu,  # of the gate (Shazeer 2020); the others are of `up` itself
 }
 
 REMAT_POLICIES: dict[str, Any] = {
@@ -57,21 +59,42 @@ class Execution:
 
 
 def attention(
-    q_BTNH: Array, k_BSNH: Array, v_BSNH: Array, *, is_causal: bool, execution: Execution
+    q_BTNH: Array,
+    k_BSNH: Array,
+    v_BSNH: Array,
+    *,
+    is_causal: bool,
+    execution: Execution,
+    lengths_B: Array | None = None,
 ) -> Array:
-    """Scaled dot-product attention [B, T, N, H]: the one entry point, softmax in float32."""
+    """Scaled dot-product attention [B, T, N, H]: the one entry point, softmax in float32.
+
+    lengths_B: int32, how many of the S keys of each row are real; the rest, at the end, are
+    padding that nothing attends to. None: all are real. A row without a real key attends to its
+    first one: finite, in the backward pass too.
+    """
+    if lengths_B is not None:
+        # Lengths, not a mask: cuDNN would turn a mask into a bias, which needs even lengths.
+        lengths_B = jnp.maximum(lengths_B, 1).astype(jnp.int32)
     # cuDNN takes 16-bit inputs with head widths that are multiples of 8 and raises on others.
     fused = execution.attention == "cudnn" and q_BTNH.shape[-1] % 8 == 0
     return jax.nn.dot_product_attention(
-        q_BTNH, k_BSNH, v_BSNH, is_causal=is_causal, implementation="cudnn" if fused else "xla"
+        q_BTNH,
+        k_BSNH,
+        v_BSNH,
+        is_causal=is_causal,
+        key_value_seq_lengths=lengths_B,
+        implementation="cudnn" if fused else "xla",
     )
 
 
-def layer_norm(config: TowerConfig, execution: Execution, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Layer norm with float32 statistics."""
+def layer_norm(
+    config: TowerConfig, execution: Execution, *, rngs: nnx.Rngs, width: int | None = None
+) -> nnx.LayerNorm:
+    """Layer norm with float32 statistics, over the tower's width or another one."""
     # use_fast_variance computes E[x^2] - E[x]^2, which cancels for features with a large mean.
     return nnx.LayerNorm(
-        config.width,
+        width or config.width,
         epsilon=config.layer_norm_epsilon,
         use_fast_variance=False,
         dtype=execution.dtype,
@@ -87,6 +110,7 @@ class Attention(nnx.Module):
     ) -> None:
         head_width = config.width // config.num_heads
         self.is_causal, self.execution = is_causal, execution
+        self.qk_norm = isinstance(config, ImageTowerConfig) and config.qk_norm
         # Standard deviations: Radford et al. 2021 (CLIP), released code.
         self.qkv = nnx.LinearGeneral(
             config.width,
@@ -95,6 +119,9 @@ class Attention(nnx.Module):
             dtype=execution.dtype,
             rngs=rngs,
         )
+        if self.qk_norm:  # one norm for all heads: Dehghani et al. 2023, section 2
+            self.query_norm = layer_norm(config, execution, rngs=rngs, width=head_width)
+            self.key_norm = layer_norm(config, execution, rngs=rngs, width=head_width)
         self.out = nnx.LinearGeneral(
             (config.num_heads, head_width),
             config.width,
@@ -104,28 +131,39 @@ class Attention(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, x_BTD: Array) -> Array:
+    def __call__(self, x_BTD: Array, lengths_B: Array | None = None) -> Array:
         qkv_BT3NH = self.qkv(x_BTD)
         q_BTNH, k_BTNH, v_BTNH = (qkv_BT3NH[:, :, i] for i in range(3))
+        if self.qk_norm:
+            q_BTNH, k_BTNH = self.query_norm(q_BTNH), self.key_norm(k_BTNH)
         mixed_BTNH = attention(
-            q_BTNH, k_BTNH, v_BTNH, is_causal=self.is_causal, execution=self.execution
+            q_BTNH,
+            k_BTNH,
+            v_BTNH,
+            is_causal=self.is_causal,
+            execution=self.execution,
+            lengths_B=lengths_B,
         )
         return self.out(mixed_BTNH)
 
 
 class MLP(nnx.Module):
-    """Two linear layers with a nonlinearity between them."""
+    """Two linear layers with a nonlinearity between them; 'swiglu' has a third, the gate."""
 
     def __init__(self, config: TowerConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
         hidden = round(config.width * config.mlp_ratio)
         self.activation = config.activation
-        self.up = nnx.Linear(
+        # Standard deviations: Radford et al. 2021 (CLIP), released code.
+        linear_in = functools.partial(
+            nnx.Linear,
             config.width,
             hidden,
             kernel_init=nnx.initializers.normal((2 * config.width) ** -0.5),
             dtype=execution.dtype,
-            rngs=rngs,
         )
+        self.up = linear_in(rngs=rngs)
+        if self.activation == "swiglu":
+            self.gate = linear_in(rngs=rngs)
         self.down = nnx.Linear(
             hidden,
             config.width,
@@ -135,12 +173,14 @@ class MLP(nnx.Module):
         )
 
     def __call__(self, x_BTD: Array) -> Array:
-        hidden_BTF = ACTIVATIONS[self.activation](self.up(x_BTD))
-        return self.down(hidden_BTF)
+        hidden_BTF, activation = self.up(x_BTD), ACTIVATIONS[self.activation]
+        if self.activation == "swiglu":
+            return self.down(activation(self.gate(x_BTD)) * hidden_BTF)
+        return self.down(activation(hidden_BTF))
 
 
 class Block(nnx.Module):
-    """Pre-norm Transformer block."""
+    """Pre-norm Transformer block, with LayerScale where the config has it."""
 
     def __init__(
         self, config: TowerConfig, execution: Execution, *, is_causal: bool, rngs: nnx.Rngs
@@ -149,28 +189,64 @@ class Block(nnx.Module):
         self.attention = Attention(config, execution, is_causal=is_causal, rngs=rngs)
         self.mlp_norm = layer_norm(config, execution, rngs=rngs)
         self.mlp = MLP(config, execution, rngs=rngs)
+        scale = config.layer_scale_init if isinstance(config, ImageTowerConfig) else None
+        self.layer_scale = scale is not None
+        if scale is not None:  # Touvron et al. 2021 (CaiT), equation 4
+            self.attention_scale = nnx.Param(jnp.full((config.width,), scale, jnp.float32))
+            self.mlp_scale = nnx.Param(jnp.full((config.width,), scale, jnp.float32))
 
-    def __call__(self, x_BTD: Array) -> Array:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD))
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+    def __call__(self, x_BTD: Array, lengths_B: Array | None = None) -> Array:
+        change_BTD = self.attention(self.attention_norm(x_BTD), lengths_B)
+        if self.layer_scale:
+            change_BTD = change_BTD * self.attention_scale[...].astype(x_BTD.dtype)
+        x_BTD = x_BTD + change_BTD
+        change_BTD = self.mlp(self.mlp_norm(x_BTD))
+        if self.layer_scale:
+            change_BTD = change_BTD * self.mlp_scale[...].astype(x_BTD.dtype)
+        return x_BTD + change_BTD
+
+
+class PostNormBlock(Block):
+    """The block of the first Transformer and of BERT: each norm is after its residual sum."""
+
+    def __call__(self, x_BTD: Array, lengths_B: Array | None = None) -> Array:
+        x_BTD = self.attention_norm(x_BTD + self.attention(x_BTD, lengths_B))
+        return self.mlp_norm(x_BTD + self.mlp(x_BTD))
 
 
 def stacked_blocks(
-    config: TowerConfig, execution: Execution, *, is_causal: bool, rngs: nnx.Rngs
+    config: TowerConfig,
+    execution: Execution,
+    *,
+    is_causal: bool,
+    rngs: nnx.Rngs,
+    post_norm: bool = False,
 ) -> Block:
     """`config.depth` blocks as one module whose arrays have a leading layer axis."""
+    block = PostNormBlock if post_norm else Block
 
     def init(key: Array) -> Block:
-        return Block(config, execution, is_causal=is_causal, rngs=nnx.Rngs(key))
+        return block(config, execution, is_causal=is_causal, rngs=nnx.Rngs(key))
 
     return jax.vmap(init)(jax.random.split(rngs.params(), config.depth))
 
 
-def run_blocks(blocks: Block, x_BTD: Array, *, depth: int, execution: Execution) -> Array:
-    """Applies stacked blocks in order, rematerialised by `execution.remat`."""
+def run_blocks(
+    blocks: Block,
+    x_BTD: Array,
+    *,
+    depth: int,
+    execution: Execution,
+    lengths_B: Array | None = None,
+) -> Array:
+    """Applies stacked blocks in order, rematerialised by `execution.remat`.
+
+    lengths_B: int32, real tokens of each row; padding at the end is not attended to. What the
+    padding itself becomes means nothing.
+    """
 
     def body(x_BTD: Array, block: Block) -> tuple[Array, None]:
-        return block(x_BTD), None
+        return block(x_BTD, lengths_B), None
 
     if execution.remat != "none":
         # The scan already keeps XLA from merging the recomputation with the forward pass.

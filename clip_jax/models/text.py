@@ -1,18 +1,56 @@
-"""Causal Transformer text tower, pooled at the end-of-text token (Radford et al. 2021).
+"""Transformer text tower: CLIP's causal one and SigLIP's bidirectional one.
 
-Shape suffixes: B batch, T tokens, D width, V vocabulary.
+Radford et al. 2021 (section 2.4), Zhai et al. 2023. Shape suffixes: B batch, T tokens, D width,
+V vocabulary.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from clip_jax.config import TextTowerConfig
+from clip_jax.config import TextTowerConfig, UserError
 from clip_jax.models.layers import Array, Execution, layer_norm, run_blocks, stacked_blocks
+from clip_jax.models.pooling import AttentionPooling
+
+
+def real_tokens(tokens_BT: Array, config: TextTowerConfig) -> Array:
+    """Which tokens are text and not padding: bool [B, T].
+
+    Up to and including the first `eot_id` where the tower has one and so has the row (what follows
+    is padding, whatever it is; `pad_id` may stand for a word before it, as 0 is '!' to CLIP).
+    Otherwise every token other than `pad_id`.
+    """
+    is_text_BT = tokens_BT != config.pad_id
+    if config.eot_id is None:
+        return is_text_BT
+    is_eot_BT = tokens_BT == config.eot_id
+    num_eot_before_BT = jnp.cumsum(is_eot_BT, axis=1) - is_eot_BT
+    return jnp.where(is_eot_BT.any(axis=1, keepdims=True), num_eot_before_BT == 0, is_text_BT)
+
+
+def mean_of_real(x_BTD: Array, tokens_BT: Array, config: TextTowerConfig) -> Array:
+    """Mean over the real tokens, float32 [B, D]; zeros for a row that has none."""
+    is_real_BT1 = real_tokens(tokens_BT, config)[:, :, None]
+    sum_BD = jnp.where(is_real_BT1, x_BTD, 0).sum(axis=1, dtype=jnp.float32)
+    return sum_BD / jnp.maximum(is_real_BT1.sum(axis=1), 1)
+
+
+def check_length(tokens_BT: Array, config: TextTowerConfig) -> None:
+    """Raises UserError where rows are longer than the positions that the tower has."""
+    if tokens_BT.shape[1] > config.context_length:
+        raise UserError(
+            f"rows of {tokens_BT.shape[1]} tokens do not fit the tower's context_length "
+            f"{config.context_length}; cut them there, with the end of text kept"
+        )
 
 
 class TextTransformer(nnx.Module):
-    """Tokens [B, T] int32 to pooled features [B, D] (float32) and token features [B, T, D]."""
+    """Tokens [B, T] int32 to pooled features [B, D] (float32) and token features [B, T, D].
+
+    T is at most `context_length`; raises UserError where it is more. Attention sees padding, as in
+    both papers: where `config.causal` it comes too late to reach the end of text. Pooling 'eot' of
+    a row without `eot_id`, which our tokenizers do not make, is that of its first position.
+    """
 
     def __init__(self, config: TextTowerConfig, execution: Execution, *, rngs: nnx.Rngs) -> None:
         self.config, self.execution = config, execution
@@ -24,17 +62,32 @@ class TextTransformer(nnx.Module):
         self.position_embedding = nnx.Param(
             0.01 * jax.random.normal(rngs.params(), (config.context_length, config.width))
         )
-        self.blocks = stacked_blocks(config, execution, is_causal=True, rngs=rngs)
+        self.blocks = stacked_blocks(config, execution, is_causal=config.causal, rngs=rngs)
         self.final_norm = layer_norm(config, execution, rngs=rngs)
+        if config.pooling == "attention":
+            self.pooling = AttentionPooling(config, execution, rngs=rngs)
 
     def __call__(self, tokens_BT: Array) -> tuple[Array, Array]:
-        dtype = self.execution.dtype
-        x_BTD = self.token_embedding[...].astype(dtype)[tokens_BT]
-        x_BTD = x_BTD + self.position_embedding[: tokens_BT.shape[1]].astype(dtype)
+        check_length(tokens_BT, self.config)
+        # Float32 until both are added: then their gradients are summed in float32 as well, over
+        # the batch and over all places of a token. In bfloat16 such a sum stalls at 256 terms.
+        x_BTD = self.token_embedding[...][tokens_BT]
+        x_BTD = x_BTD + self.position_embedding[: tokens_BT.shape[1]]
+        x_BTD = x_BTD.astype(self.execution.dtype)
         x_BTD = run_blocks(self.blocks, x_BTD, depth=self.config.depth, execution=self.execution)
         x_BTD = self.final_norm(x_BTD)
-        # The first end of text: padding may repeat it. Attention is causal, so what follows the
-        # end of text cannot reach the embedding.
-        eot_B = jnp.argmax(tokens_BT == self.config.eot_id, axis=1)
-        pooled_BD = jnp.take_along_axis(x_BTD, eot_B[:, None, None], axis=1)[:, 0]
-        return pooled_BD.astype(jnp.float32), x_BTD
+        return self._pool(x_BTD, tokens_BT).astype(jnp.float32), x_BTD
+
+    def _pool(self, x_BTD: Array, tokens_BT: Array) -> Array:
+        match self.config.pooling:
+            case "eot":  # the first: padding may repeat it
+                eot_B = jnp.argmax(tokens_BT == self.config.eot_id, axis=1)
+                return jnp.take_along_axis(x_BTD, eot_B[:, None, None], axis=1)[:, 0]
+            case "last":
+                return x_BTD[:, -1]
+            case "class_token":
+                return x_BTD[:, 0]
+            case "mean":
+                return mean_of_real(x_BTD, tokens_BT, self.config)
+            case "attention":
+                return self.pooling(x_BTD)

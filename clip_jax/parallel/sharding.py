@@ -33,28 +33,34 @@ class Rule:
 
 
 # The dims behind each pattern are those of `models/`: D width, N heads, H head width, F MLP width,
-# V vocabulary, E embedding, P pixels of a patch. A vector is not worth splitting.
+# V vocabulary, E embedding, P pixels of a patch, C channels. A vector is not worth splitting.
 RULES: tuple[Rule, ...] = (
     Rule(r"qkv/kernel", fsdp=(-4, -1), tensor=(-2,)),  # D 3 N H
     Rule(r"qkv/bias", tensor=(-2,)),  # 3 N H
-    Rule(r"pooling/query/kernel", fsdp=(-3, -1), tensor=(-2,)),  # D N H
-    Rule(r"pooling/query/bias", tensor=(-2,)),  # N H
+    Rule(r"(query|key)_norm/(scale|bias)"),  # H, the same for all heads
+    Rule(r"pooling/(query|key|value)/kernel", fsdp=(-3, -1), tensor=(-2,)),  # D N H
+    Rule(r"pooling/(query|key|value)/bias", tensor=(-2,)),  # N H
     Rule(r"pooling/key_value/kernel", fsdp=(-4, -1), tensor=(-2,)),  # D 2 N H
     Rule(r"pooling/key_value/bias", tensor=(-2,)),  # 2 N H
     Rule(r"out/kernel", fsdp=(-1, -2), tensor=(-3,)),  # N H D
     Rule(r"out/bias"),
-    Rule(r"mlp/up/kernel", fsdp=(-2, -1), tensor=(-1,)),  # D F
-    Rule(r"mlp/up/bias", tensor=(-1,)),  # F
+    Rule(r"attention_scale|mlp_scale"),
+    Rule(r"mlp/(up|gate)/kernel", fsdp=(-2, -1), tensor=(-1,)),  # D F
+    Rule(r"mlp/(up|gate)/bias", tensor=(-1,)),  # F
     Rule(r"mlp/down/kernel", fsdp=(-1, -2), tensor=(-2,)),  # F D
     Rule(r"mlp/down/bias"),
     Rule(r"token_embedding", fsdp=(-1, -2), tensor=(-2,)),  # V D
     Rule(r"position_embedding", fsdp=(-1,)),  # T D
-    Rule(r"class_embedding|probe"),
+    Rule(r"class_embedding|register_embedding|segment_embedding|probe"),
+    Rule(r"pooler/kernel", fsdp=(-2, -1)),  # D D
+    Rule(r"pooler/bias"),
     Rule(r"stem/project/kernel", fsdp=(-1, -2)),  # P D
     Rule(r"stem/project/bias"),
-    Rule(r"convolution_\d/kernel", fsdp=(-1, -2)),  # rows, columns, channels in, channels out
-    Rule(r"(attention_|mlp_|pre_|final_|pooling/)norm/(scale|bias)|stem/norm_\d/(scale|bias)"),
-    Rule(r"(image|text)_projection/kernel", fsdp=(-2, -1)),  # D E
+    Rule(r"(convolution_\d|shortcut_convolution)/kernel", fsdp=(-1, -2)),  # rows, columns, C, C
+    Rule(r"(norm_\d|shortcut_norm)/(scale|bias|mean|var)"),  # batch norm: the last two are state
+    Rule(r"(attention_|mlp_|embedding_|pre_|final_|pooling/)norm/(scale|bias)"),
+    Rule(r"(image|text)_projection/(kernel|up/kernel|down/kernel)", fsdp=(-2, -1)),  # D E
+    Rule(r"(image|text)_projection/bias"),
     Rule(r"log_logit_scale|logit_bias"),
     Rule(r"step|count"),  # optimizer and schedule counters
 )

@@ -1,4 +1,4 @@
-"""The whole model against transformers' CLIPModel with the same random weights."""
+"""The whole model, and against transformers' CLIPModel with the same random weights."""
 
 import dataclasses
 
@@ -6,20 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from small import mesh_of, small_model
 
-from clip_jax.config import ExperimentConfig, ModelConfig
-from clip_jax.models import unit_length
+from clip_jax.config import ExperimentConfig, ImageTowerConfig, ModelConfig, TextTowerConfig
+from clip_jax.models import CLIP, unit_length
 from clip_jax.tasks import ContrastiveTask
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
 BATCH = 8
 
 
 def peer_model(model: ModelConfig):
     """A randomly initialised transformers model of the same architecture."""
+    import torch
+    import transformers
+
     shared = {"hidden_act": model.image.activation, "attention_dropout": 0.0}
     vision = transformers.CLIPVisionConfig(
         hidden_size=model.image.width,
@@ -127,6 +128,8 @@ def token_rows(rng: np.random.Generator, model: ModelConfig, num: int) -> np.nda
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 def test_loss_and_gradients_equal_transformers(activation):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
     model = small_model()
     model = dataclasses.replace(
         model,
@@ -175,3 +178,121 @@ def test_unit_length_of_zero_has_a_finite_gradient():
     gradient = jax.grad(lambda x: unit_length(x).sum())(jnp.zeros((2, 4)))
     assert np.isfinite(gradient).all()
     np.testing.assert_allclose(jnp.linalg.norm(unit_length(jnp.ones((2, 4))), axis=1), 1, rtol=1e-6)
+
+
+TEXT = TextTowerConfig(vocab_size=64, eot_id=63, context_length=8, width=32, depth=2, num_heads=2)
+TOKENS = np.array([[1, 5, 9, 63, 0, 0, 0, 0], [1, 63, 0, 0, 0, 0, 0, 0]], np.int32)
+NAFLEX = ImageTowerConfig(
+    kind="naflex",
+    image_size=32,
+    patch_size=4,
+    max_num_patches=12,
+    width=32,
+    depth=2,
+    num_heads=2,
+    class_token=False,
+    pooling="attention",
+)
+RESNET = ImageTowerConfig(
+    kind="resnet", image_size=32, width=8, num_heads=4, resnet_layers=(1, 1, 1, 1)
+)
+
+
+def image_inputs(config):
+    rng = np.random.default_rng(0)
+    if config.kind != "naflex":
+        size = config.image_size
+        return {"image": rng.integers(0, 256, (2, size, size, 3), np.uint8)}
+    mask = np.arange(12) < np.array([[12], [6]])
+    shapes = np.array([(3, 4), (2, 3)], np.int32)
+    patches = rng.integers(0, 256, (2, 12, 48), np.uint8)
+    return {"patches": patches, "patch_mask": mask, "spatial_shapes": shapes}
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "expected"),
+    [
+        (small_model().image, TEXT, ("VisionTransformer", "TextTransformer")),
+        (
+            NAFLEX,
+            dataclasses.replace(TEXT, kind="bert", pooling="class_token"),
+            ("NaFlexTransformer", "BertTransformer"),
+        ),
+        (
+            RESNET,
+            dataclasses.replace(TEXT, kind="cbow", pooling="mean"),
+            ("ModifiedResNet", "BagOfWords"),
+        ),
+    ],
+)
+def test_every_kind_of_tower_meets_in_unit_length(image, text, expected):
+    projection = "none" if image.kind == "resnet" else "linear"
+    config = small_model(image=image, text=text, image_projection=projection)
+    model = CLIP(config, rngs=nnx.Rngs(0))
+    assert (type(model.image).__name__, type(model.text).__name__) == expected
+    for embeddings in (
+        jax.jit(CLIP.encode_image)(model, image_inputs(image)),
+        jax.jit(CLIP.encode_text)(model, {"tokens": TOKENS}),
+    ):
+        assert embeddings.shape == (2, 16)
+        assert embeddings.dtype == jnp.float32
+        np.testing.assert_allclose(jnp.linalg.norm(embeddings, axis=1), 1, rtol=1e-5)
+        assert not np.allclose(embeddings[0], embeddings[1], atol=1e-3)
+
+
+def test_row_keys_reach_the_image_tower():
+    """Patches are dropped and batch statistics replaced where they are given, and nowhere else."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    for image in (
+        dataclasses.replace(small_model().image, patch_dropout=0.5),
+        dataclasses.replace(NAFLEX, patch_dropout=0.5),
+        RESNET,
+    ):
+        model = CLIP(small_model(image=image), rngs=nnx.Rngs(0))
+        before = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+        inputs = image_inputs(image)
+        evaluated = model.encode_image(inputs)
+        unchanged = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+        jax.tree.map(np.testing.assert_array_equal, before, unchanged)
+        trained = model.encode_image(inputs, row_keys_B=keys)
+        assert not np.allclose(trained, evaluated, atol=1e-3)
+        if image.kind == "resnet":
+            after = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+            changed = jax.tree.map(lambda a, b: bool((a != b).any()), before, after)
+            assert all(jax.tree.leaves(changed))
+
+
+def test_projections():
+    """Against NumPy, on the features that the towers give."""
+    for kind in ("none", "linear", "linear_bias", "mlp"):
+        width = 16 if kind == "none" else 32
+        text = dataclasses.replace(TEXT, width=width)
+        model = CLIP(small_model(text=text, text_projection=kind), rngs=nnx.Rngs(0))
+        pooled, _ = model.text(TOKENS)
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param)).get("text_projection")
+        if kind == "none":
+            assert params is None
+            expected = np.asarray(pooled)
+        elif kind == "mlp":
+            assert params["up"]["kernel"].shape == (32, 24)
+            hidden = jax.nn.gelu(np.asarray(pooled) @ params["up"]["kernel"], approximate=False)
+            expected = hidden @ params["down"]["kernel"]
+            assert set(params["up"]) == {"kernel"}
+        else:
+            expected = np.asarray(pooled) @ params["kernel"]
+            if kind == "linear_bias":
+                model.text_projection.bias[...] = jnp.arange(16.0)
+                expected = expected + np.arange(16)
+            else:
+                assert set(params) == {"kernel"}
+        found = model.encode_text({"tokens": TOKENS})
+        np.testing.assert_allclose(
+            found, expected / np.linalg.norm(expected, axis=1, keepdims=True), atol=1e-5
+        )
+
+
+def test_logit_scale_and_bias_start_as_configured():
+    model = CLIP(small_model(logit_scale_init=10.0, logit_bias_init=-10.0), rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(model.logit_scale(), 10, rtol=1e-6)
+    assert model.logit_bias[...] == -10
+    assert CLIP(small_model(), rngs=nnx.Rngs(0)).logit_bias is None

@@ -1,0 +1,195 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from models.vision_peers import with_params
+from small import small_model
+
+from clip_jax.config import ImageTowerConfig, TextTowerConfig
+from clip_jax.models import Execution
+from clip_jax.models.layers import (
+    ACTIVATIONS,
+    Block,
+    PostNormBlock,
+    attention,
+    run_blocks,
+    stacked_blocks,
+)
+
+CONFIG = small_model().image
+LENGTHS = np.array([5, 1, 7, 3])
+
+
+def tokens(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def random_params(make, seed=0):
+    """Parameters of what `make` makes, all of them random and of order one."""
+    state = nnx.to_pure_dict(nnx.split(jax.eval_shape(make))[1])
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(0, max(x.shape[0], 4) ** -0.5, x.shape), x.dtype), state
+    )
+
+
+def test_attention_with_lengths_is_that_of_the_shortened_rows():
+    q, k, v = (tokens(4, 7, 2, 8, seed=i) for i in range(3))
+    found = attention(
+        q, k, v, is_causal=False, execution=Execution(), lengths_B=jnp.asarray(LENGTHS)
+    )
+    for i, length in enumerate(LENGTHS):
+        row = slice(i, i + 1)
+        expected = attention(
+            q[row], k[row, :length], v[row, :length], is_causal=False, execution=Execution()
+        )
+        np.testing.assert_allclose(found[row], expected, atol=1e-6)
+
+
+def test_attention_of_a_row_without_keys_is_finite():
+    """As if its first key were real; the gradients are finite too."""
+    q, k, v = (tokens(2, 3, 1, 8, seed=i) for i in range(3))
+
+    def run(q, k, v):
+        lengths = jnp.array([0, 2])
+        return attention(q, k, v, is_causal=False, execution=Execution(), lengths_B=lengths)
+
+    np.testing.assert_allclose(run(q, k, v)[0], np.broadcast_to(v[0, :1], v[0].shape), rtol=1e-6)
+    gradients = jax.grad(lambda *x: (run(*x) ** 2).sum(), argnums=(0, 1, 2))(q, k, v)
+    assert all(np.isfinite(g).all() for g in gradients)
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_block_equals_torch(post_norm):
+    """torch's TransformerEncoderLayer, which has both orders of the norms, on padded rows."""
+    torch = pytest.importorskip("torch")
+    config = TextTowerConfig(width=32, num_heads=4, mlp_ratio=2.0, layer_norm_epsilon=1e-5)
+    block = PostNormBlock if post_norm else Block
+
+    def make():
+        return block(config, Execution(), is_causal=False, rngs=nnx.Rngs(0))
+
+    params = random_params(make)
+    attend, mlp = params["attention"], params["mlp"]
+    peer = torch.nn.TransformerEncoderLayer(
+        32, 4, 64, dropout=0.0, activation="gelu", batch_first=True, norm_first=not post_norm
+    )
+    values = {
+        "self_attn.in_proj_weight": attend["qkv"]["kernel"].reshape(32, 96).T,
+        "self_attn.in_proj_bias": attend["qkv"]["bias"].reshape(96),
+        "self_attn.out_proj.weight": attend["out"]["kernel"].reshape(32, 32).T,
+        "self_attn.out_proj.bias": attend["out"]["bias"],
+        "linear1.weight": mlp["up"]["kernel"].T,
+        "linear1.bias": mlp["up"]["bias"],
+        "linear2.weight": mlp["down"]["kernel"].T,
+        "linear2.bias": mlp["down"]["bias"],
+        "norm1.weight": params["attention_norm"]["scale"],
+        "norm1.bias": params["attention_norm"]["bias"],
+        "norm2.weight": params["mlp_norm"]["scale"],
+        "norm2.bias": params["mlp_norm"]["bias"],
+    }
+    peer.load_state_dict({name: torch.tensor(np.array(x)) for name, x in values.items()})
+    x = tokens(4, 7, 32)
+    real = np.arange(7) < LENGTHS[:, None]
+    expected = peer(torch.tensor(x), src_key_padding_mask=torch.tensor(~real)).detach().numpy()
+    found = with_params(make, params)(x, jnp.asarray(LENGTHS))
+    np.testing.assert_allclose(np.asarray(found)[real], expected[real], atol=2e-5)
+
+
+def test_options_of_a_block_equal_torch():
+    """QK-norm, LayerScale and SwiGLU, written out with torch's functions."""
+    torch = pytest.importorskip("torch")
+    config = dataclasses.replace(
+        CONFIG, qk_norm=True, layer_scale_init=1e-5, activation="swiglu", mlp_ratio=8 / 3
+    )
+
+    def make():
+        return Block(config, Execution(), is_causal=False, rngs=nnx.Rngs(0))
+
+    params = random_params(make)
+    assert params["mlp"]["gate"]["kernel"].shape == (32, 85)
+    x = tokens(2, 6, 32)
+    p = jax.tree.map(lambda leaf: torch.tensor(np.asarray(leaf)), params)
+    functional = torch.nn.functional
+
+    def norm(x, q, width):
+        return functional.layer_norm(x, (width,), q["scale"], q["bias"], 1e-5)
+
+    def linear(x, q):
+        return x @ q["kernel"] + q["bias"]
+
+    y = torch.tensor(x)
+    normed = norm(y, p["attention_norm"], 32)
+    qkv = torch.einsum("btd,dcnh->cbnth", normed, p["attention"]["qkv"]["kernel"])
+    q, k, v = qkv + p["attention"]["qkv"]["bias"][:, None, :, None]
+    q = norm(q, p["attention"]["query_norm"], 16)
+    k = norm(k, p["attention"]["key_norm"], 16)
+    mixed = functional.scaled_dot_product_attention(q, k, v)
+    out = torch.einsum("bnth,nhd->btd", mixed, p["attention"]["out"]["kernel"])
+    y = y + p["attention_scale"] * (out + p["attention"]["out"]["bias"])
+    normed = norm(y, p["mlp_norm"], 32)
+    hidden = functional.silu(linear(normed, p["mlp"]["gate"])) * linear(normed, p["mlp"]["up"])
+    y = y + p["mlp_scale"] * linear(hidden, p["mlp"]["down"])
+    np.testing.assert_allclose(with_params(make, params)(x), y.numpy(), atol=2e-5)
+
+
+def test_layer_scale_starts_as_configured():
+    config = dataclasses.replace(CONFIG, layer_scale_init=1e-5)
+    blocks = stacked_blocks(config, Execution(), is_causal=False, rngs=nnx.Rngs(0))
+    for scale in (blocks.attention_scale, blocks.mlp_scale):
+        np.testing.assert_array_equal(scale[...], np.full((2, 32), 1e-5, np.float32))
+        assert scale[...].dtype == jnp.float32
+
+
+EXECUTIONS = [
+    Execution(unroll_layers=True),
+    Execution(remat="full"),
+    Execution(remat="dots", unroll_layers=True),
+]
+
+
+def test_unrolled_and_rematerialised_layers_equal_the_scan():
+    config = ImageTowerConfig(
+        width=32, depth=3, num_heads=2, activation="swiglu", qk_norm=True, layer_scale_init=0.5
+    )
+    x, lengths = tokens(4, 7, 32), jnp.asarray(LENGTHS)
+
+    def run(execution):
+        blocks = stacked_blocks(config, execution, is_causal=False, rngs=nnx.Rngs(0))
+
+        def loss(blocks, x):
+            y = run_blocks(blocks, x, depth=3, execution=execution, lengths_B=lengths)
+            return jnp.where(np.arange(7)[:, None] < lengths[:, None, None], y**2, 0).sum()
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(blocks, x)
+
+    expected = jax.tree.leaves(run(Execution()))
+    for execution in EXECUTIONS:
+        found = jax.tree.leaves(run(execution))
+        for ours, reference in zip(found, expected, strict=True):
+            np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_are_applied_in_order():
+    """The scan against a loop over the layers of the stack."""
+    blocks = stacked_blocks(CONFIG, Execution(), is_causal=True, rngs=nnx.Rngs(0))
+    x = expected = tokens(2, 5, 32)
+    for i in range(CONFIG.depth):
+        expected = jax.tree.map(lambda leaf, i=i: leaf[i], blocks)(expected)
+    found = run_blocks(blocks, x, depth=CONFIG.depth, execution=Execution())
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "peer"),
+    [("gelu", "gelu"), ("gelu_tanh", "gelu_pytorch_tanh"), ("quick_gelu", "quick_gelu")],
+)
+def test_activations_equal_transformers(name, peer):
+    torch = pytest.importorskip("torch")
+    activations = pytest.importorskip("transformers.activations")
+    x = np.linspace(-6, 6, 101, dtype=np.float32)
+    expected = activations.ACT2FN[peer](torch.tensor(x)).numpy()
+    np.testing.assert_allclose(ACTIVATIONS[name](x), expected, atol=1e-6)
