@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_jax.config.errors import UserError
-from clip_jax.config.schema import DataConfig, SourceConfig
+from clip_jax.config.schema import DataConfig, ImageTowerConfig, SourceConfig
 from clip_jax.data.order import Place, SampleOrder
+from clip_jax.data.preprocess import Inputs, blank_inputs, evaluation_inputs, training_inputs
 from clip_jax.data.record import Record
 from clip_jax.data.tokenizers import Tokenizer
-from clip_jax.data.transforms import Framing, decode_image, evaluation_image, training_view
+from clip_jax.data.transforms import Framing, decode_image
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class TrainingBatches:
         sources: Mapping[str, Source],
         tokenizer: Tokenizer,
         *,
-        image_size: int,
+        image: ImageTowerConfig,
         context_length: int,
         seed: int,
         global_batch_size: int,
@@ -67,7 +68,7 @@ class TrainingBatches:
         self._config = config
         self._sources = sources
         self._tokenizer = tokenizer
-        self._image_size = image_size
+        self._image = image
         self._context_length = context_length
         self._seed = seed
         self._global_batch_size = global_batch_size
@@ -82,19 +83,21 @@ class TrainingBatches:
     def __getitem__(self, index: int) -> Batch:
         """Return {'image': uint8 [b, S, S, 3], 'tokens': int32 [b, L]}.
 
-        Raises UserError for a bad sample if the config says so, or if too many are bad.
+        For NaFlex, 'patches', 'patch_mask' and 'spatial_shapes' instead of 'image': see
+        `preprocess`. Raises UserError for a bad sample if the config says so, or if too many are
+        bad.
         """
         first = self._first + index * self._global_batch_size
         positions = range(first, first + self._batch_size)
-        size = self._image_size
-        images = np.empty((self._batch_size, size, size, 3), np.uint8)
+        batch: Batch = blank_inputs(self._image, self._batch_size)
         captions = []
         for slot, place in enumerate(self._order.places(positions)):
-            images[slot], caption = self._sample(place, positions[slot])
+            inputs, caption = self._sample(place, positions[slot])
+            _put(batch, slot, inputs)
             captions.append(caption)
-        return {"image": images, "tokens": self._tokenizer(captions, self._context_length)}
+        return batch | {"tokens": self._tokenizer(captions, self._context_length)}
 
-    def _sample(self, place: Place, position: int) -> tuple[NDArray[np.uint8], str]:
+    def _sample(self, place: Place, position: int) -> tuple[Inputs, str]:
         source = self._sources[place.source]
         row = place.row
         for attempt in range(_MAX_REPLACEMENTS + 1):
@@ -119,11 +122,11 @@ class TrainingBatches:
 
     def _load(
         self, record: Record, source_name: str, rng: np.random.Generator
-    ) -> tuple[NDArray[np.uint8], str]:
+    ) -> tuple[Inputs, str]:
         config = self._config
         caption = record.captions[_caption(config.sources[source_name], len(record.captions), rng)]
-        view = training_view(record.image, config.framing, config.augment, self._image_size, rng)
-        return view, caption
+        inputs = training_inputs(record.image, self._image, config.framing, config.augment, rng)
+        return inputs, caption
 
     def _warn(self, source_name: str, sample: str, error: Exception) -> None:
         self._num_bad += 1
@@ -131,6 +134,11 @@ class TrainingBatches:
             logger.warning("bad sample replaced in '%s': %s: %s", source_name, sample, error)
         elif self._num_bad % 1000 == 0 or self._num_bad in (10, 100):
             logger.warning("%d bad samples replaced so far, the last: %s", self._num_bad, sample)
+
+
+def _put(batch: Batch, slot: int, inputs: Inputs) -> None:
+    for name, value in inputs.items():
+        batch[name][slot] = value
 
 
 def _caption(source: SourceConfig, count: int, rng: np.random.Generator) -> int:
@@ -153,7 +161,7 @@ class EvaluationBatches:
         source: Source,
         tokenizer: Tokenizer | None,
         *,
-        image_size: int,
+        image: ImageTowerConfig,
         framing: Framing,
         context_length: int,
         batch_size: int,
@@ -163,7 +171,7 @@ class EvaluationBatches:
         self._source = source
         self._tokenizer = tokenizer
         self._framing = framing
-        self._image_size = image_size
+        self._image = image
         self._context_length = context_length
         self._global_batch_size = batch_size
         self._batch_size = batch_size // process_count
@@ -175,30 +183,27 @@ class EvaluationBatches:
     def __getitem__(self, index: int) -> Batch:
         """Return {'image': uint8 [b, S, S, 3], 'mask': bool [b], 'index': int32 [b]}.
 
-        With a tokenizer also 'tokens': int32 [b, L]. Padding: mask False, index -1, images 0, empty
+        For NaFlex, 'patches', 'patch_mask' and 'spatial_shapes' instead of 'image'. With a
+        tokenizer also 'tokens': int32 [b, L]. Padding: mask False, index -1, images 0, empty
         captions. Raises UserError for a bad sample: scores without it would not compare.
         """
-        size = self._image_size
         rows = np.arange(self._batch_size) + self._first + index * self._global_batch_size
         mask = rows < len(self._source)
-        images = np.zeros((self._batch_size, size, size, 3), np.uint8)
+        batch: Batch = blank_inputs(self._image, self._batch_size)
         captions = [""] * self._batch_size
         for slot, row in enumerate(rows[mask].tolist()):
             try:
                 record = self._source[row]
-                image = decode_image(record.image)
-                images[slot] = evaluation_image(image, size, self._framing)
+                picture = decode_image(record.image)
+                _put(batch, slot, evaluation_inputs(picture, self._image, self._framing))
             except (ValueError, OSError) as error:
                 raise UserError(
                     f"bad sample in an evaluation set: {self._source.locate(row)}: {error}; "
                     "mend it or take it out of the set"
                 ) from None
             captions[slot] = record.captions[0]
-        batch: Batch = {
-            "image": images,
-            "mask": mask,
-            "index": np.where(mask, rows, -1).astype(np.int32),
-        }
+        batch["mask"] = mask
+        batch["index"] = np.where(mask, rows, -1).astype(np.int32)
         if self._tokenizer is not None:
             batch["tokens"] = self._tokenizer(captions, self._context_length)
         return batch

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import grain
 
 from clip_jax.config.errors import UserError
-from clip_jax.config.schema import DataConfig
+from clip_jax.config.schema import DataConfig, ImageTowerConfig
 from clip_jax.data.host_batches import (
     Batch,
     EvaluationBatches,
@@ -74,7 +74,7 @@ def training_batches(
     sources: Mapping[str, Source],
     tokenizer: Tokenizer,
     *,
-    image_size: int,
+    image: ImageTowerConfig,
     context_length: int,
     seed: int,
     global_batch_size: int,
@@ -84,10 +84,12 @@ def training_batches(
 ) -> BatchIterator:
     """Return this host's endless training batches from a position on.
 
-    Yields {'image': uint8 [b, image_size, image_size, 3], 'tokens': int32 [b, context_length]} with
-    b = global_batch_size / process_count; the hosts' batches one after another are the global
-    batch. It depends on the seed, the sources and `start_sample` (samples consumed globally) alone,
-    not on the number of workers, threads or hosts.
+    Yields {'image': uint8 [b, S, S, 3], 'tokens': int32 [b, context_length]} with b =
+    global_batch_size / process_count and S the tower's image size; for NaFlex, instead of 'image',
+    'patches' uint8 [b, N, D], 'patch_mask' bool [b, N] and 'spatial_shapes' int32 [b, 2], rows and
+    columns. The hosts' batches one after another are the global batch. It depends on the seed, the
+    sources and `start_sample` (samples consumed globally) alone, not on the number of workers,
+    threads or hosts.
 
     Raises UserError if the batch does not divide over the hosts or the sources hold fewer samples
     than a batch; later, from `next`, for bad samples as `config.on_bad_sample` says.
@@ -103,7 +105,7 @@ def training_batches(
         config,
         sources,
         tokenizer,
-        image_size=image_size,
+        image=image,
         context_length=context_length,
         seed=seed,
         global_batch_size=global_batch_size,
@@ -118,7 +120,7 @@ def evaluation_batches(
     source: Source,
     tokenizer: Tokenizer | None,
     *,
-    image_size: int,
+    image: ImageTowerConfig,
     context_length: int,
     batch_size: int,
     process_index: int,
@@ -128,10 +130,11 @@ def evaluation_batches(
 ) -> BatchIterator:
     """Return this host's batches over a source, in order, once.
 
-    Yields {'image': uint8 [b, image_size, image_size, 3], 'tokens': int32 [b, context_length] (with
-    a tokenizer; first captions), 'mask': bool [b], 'index': int32 [b], the row in the source} with
-    b = batch_size / process_count. All hosts yield the same number of batches; rows past the end
-    have mask False and index -1. `framing` is that of the training, `DataConfig.framing`.
+    Yields {'image': uint8 [b, S, S, 3] (for NaFlex its three arrays, as in training), 'tokens':
+    int32 [b, context_length] (with a tokenizer; first captions), 'mask': bool [b], 'index': int32
+    [b], the row in the source} with b = batch_size / process_count. All hosts yield the same number
+    of batches; rows past the end have mask False and index -1. `framing` is that of the training,
+    `DataConfig.framing`.
 
     Raises UserError if the batch does not divide over the hosts; from `next`, for a bad sample.
     """
@@ -139,7 +142,7 @@ def evaluation_batches(
     batches = EvaluationBatches(
         source,
         tokenizer,
-        image_size=image_size,
+        image=image,
         framing=framing,
         context_length=context_length,
         batch_size=batch_size,

@@ -1,112 +1,135 @@
-"""Captions to token ids: byte-level BPE, trained here or loaded from a `tokenizer.json`."""
+"""Captions to token ids: one class for CLIP's BPE, sentencepiece, WordPiece and trained ones."""
 
+import dataclasses
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-import tokenizers as hf
 from numpy.typing import NDArray
 
 from clip_jax.config.errors import UserError
-
-PAD, START, END = "<|pad|>", "<|startoftext|>", "<|endoftext|>"
-_START_END_PAIRS = (
-    (START, END),  # OpenAI CLIP's, and ours
-    ("<start_of_text>", "<end_of_text>"),  # open_clip's
+from clip_jax.data.cleaning import clean, encodable
+from clip_jax.data.clip_bpe import clip_bpe
+from clip_jax.data.token_models import (
+    HuggingFaceModel,
+    SentencePieceModel,
+    TokenModel,
+    decode_sentencepiece,
+    read_huggingface,
 )
-# CLIP's way to cut a text into words (Radford et al. 2021, `simple_tokenizer.py`).
-_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-_NUM_BYTES = 256
+from clip_jax.data.tokenizer_files import read_tokenizer
+from clip_jax.data.tokenizer_rules import (
+    TokenizerRules,
+    embed_rules,
+    parse,
+    rules_of_file,
+    saved_rules,
+)
+from clip_jax.data.vocabularies import Kind, train_vocabulary
+
+_CLIP_CONTEXT_LENGTH = 77
 
 
 class Tokenizer:
-    """Turns captions into rows `<start> tokens <end> <pad>...`.
+    """Turns captions into rows `start tokens end pad ...`, as `rules` says; see `TokenizerRules`.
 
-    A model finds the end of a text at the first `eot_id` in its row. Pickles as its JSON text.
+    A caption that spells a special token out is text: unlike in the peers it cannot end its row.
+    Pickles as its JSON text.
 
-    serialized: the content of a Hugging Face `tokenizer.json`. Raises UserError if that is not one
-    or has no start and end tokens that are known.
+    serialized: what `to_json` returned, or the content of any Hugging Face `tokenizer.json`. Raises
+    UserError if it is neither.
     """
 
     def __init__(self, serialized: str) -> None:
-        try:
-            self._tokenizer = hf.Tokenizer.from_str(serialized)
-        except Exception as error:  # noqa: BLE001 - the library raises bare Exceptions
-            raise UserError(f"not a Hugging Face tokenizer.json: {error}") from None
-        for start, end in _START_END_PAIRS:
-            start_id, end_id = map(self._tokenizer.token_to_id, (start, end))
-            if start_id is not None and end_id is not None:
-                break
+        content = parse(serialized)
+        rules = saved_rules(content)
+        if rules is None:
+            rules = rules_of_file(content, read_huggingface(serialized))
+            serialized = embed_rules(content, rules)
+        self.rules = rules
+        self._serialized = serialized
+        self._model: TokenModel
+        if content["model"].get("type") == "sentencepiece":
+            self._model = SentencePieceModel(decode_sentencepiece(content))
         else:
-            pairs = " or ".join(f"{start} and {end}" for start, end in _START_END_PAIRS)
-            raise UserError(f"the tokenizer has no start and end of text: looked for {pairs}")
-        self.start_id: int = start_id
-        self.eot_id: int = end_id
-        # Where a vocabulary has no padding token, open_clip pads with 0.
-        self.pad_id: int = self._tokenizer.token_to_id(PAD) or 0
-        # A caption that spells a special token out must not end its text: it is text.
-        self._tokenizer.encode_special_tokens = True
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-
-    @classmethod
-    def train(cls, captions: Iterable[str], vocab_size: int, lowercase: bool) -> "Tokenizer":
-        """Train byte-level BPE (Sennrich et al. 2016). The same captions give the same tokenizer.
-
-        vocab_size: the most tokens there may be; few captions give fewer. Raises UserError if it
-        is too small for the bytes, or if there are no captions.
-        """
-        specials = [PAD, START, END]
-        smallest = _NUM_BYTES + len(specials)
-        if vocab_size < smallest:
-            raise UserError(
-                f"vocab_size {vocab_size} is below {smallest}: {_NUM_BYTES} bytes and "
-                f"{len(specials)} special tokens; raise model.text.vocab_size"
+            self._model = HuggingFaceModel(
+                serialized,
+                end_of_word=content["model"].get("end_of_word_suffix") or "",
+                skip_normalizer=rules.skip_normalizer,
             )
-        tokenizer = hf.Tokenizer(hf.models.BPE())
-        steps: list[hf.normalizers.Normalizer] = [hf.normalizers.NFC()]
-        if lowercase:
-            steps.append(hf.normalizers.Lowercase())
-        tokenizer.normalizer = hf.normalizers.Sequence(steps)
-        # A blank before every word, at the start of a text and after a bracket too, makes it one
-        # word wherever it stands. (CLIP marks the ends of words, which takes 256 tokens more.)
-        tokenizer.pre_tokenizer = hf.pre_tokenizers.Sequence(
-            [
-                hf.pre_tokenizers.Split(hf.Regex(_WORDS), behavior="removed", invert=True),
-                hf.pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False),
-            ]
-        )
-        tokenizer.decoder = hf.decoders.ByteLevel()
-        trainer = hf.trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=specials,
-            initial_alphabet=sorted(hf.pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        )
-        cleaned = [_encodable(caption) for caption in captions]
-        if not cleaned:
-            raise UserError("no captions to train a tokenizer on; add a training source")
-        tokenizer.train_from_iterator(cleaned, trainer)
-        return cls(tokenizer.to_str())
+        self._vocab_size = self._model.size
+        self.rules.check(self._vocab_size)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
-        """Load a `tokenizer.json`. Raises UserError naming the file if that fails."""
+    def clip(cls) -> "Tokenizer":
+        """CLIP's own: 49,408 tokens, padded with 0, rows of 77 (Radford et al. 2021).
+
+        Rows are those of open_clip, whose cleaning it does (ftfy, HTML entities, blanks, lower
+        case). transformers' CLIP tokenizer has no such cleaning and pads with the end of text.
+        """
+        rules = TokenizerRules(
+            start_id=49406,
+            eot_id=49407,
+            clean="whitespace",
+            lowercase=True,
+            skip_normalizer=True,
+            context_length=_CLIP_CONTEXT_LENGTH,
+        )
+        return cls(embed_rules(clip_bpe(), rules))
+
+    @classmethod
+    def train(
+        cls, captions: Iterable[str], vocab_size: int, lowercase: bool, kind: Kind = "bpe"
+    ) -> "Tokenizer":
+        """Train one. The same captions give the same tokenizer.
+
+        'bpe': byte-level (Sennrich et al. 2016), padding 0, start 1, end 2. 'wordpiece': BERT's
+        (Devlin et al. 2019), [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3.
+        vocab_size: the most tokens there may be; few captions give fewer. Raises UserError if it
+        is too small for the characters, or if there are no captions.
+        """
+        return cls(
+            train_vocabulary(captions, kind=kind, vocab_size=vocab_size, lowercase=lowercase)
+        )
+
+    @classmethod
+    def from_json(cls, serialized: str) -> "Tokenizer":
+        """The tokenizer of which `to_json` gave this."""
+        return cls(serialized)
+
+    @classmethod
+    def load(cls, path: str | Path, *, lowercase: bool = True) -> "Tokenizer":
+        """Load what `save` wrote, or another's tokenizer.
+
+        path: a `tokenizer.json`, a sentencepiece `.model`, a BERT `vocab.txt`, or a folder with one
+        of them, as Hugging Face libraries save it; see `read_tokenizer` for the rules it gets.
+        lowercase: for a `.model` or `vocab.txt` named itself, which does not say. Raises UserError
+        naming the file if that fails.
+        """
         try:
-            return cls(Path(path).read_text("utf-8"))
+            return cls(read_tokenizer(Path(path).expanduser(), lowercase=lowercase))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the tokenizer file {path}: {error}") from None
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
+    def with_rules(self, **changes: Any) -> "Tokenizer":
+        """The same vocabulary under other rules: fields of `TokenizerRules`."""
+        rules = dataclasses.replace(self.rules, **changes)
+        return Tokenizer(embed_rules(parse(self._serialized), rules))
+
     def to_json(self) -> str:
-        """The content of a `tokenizer.json`, from which the constructor makes an equal one."""
-        return str(self._tokenizer.to_str())
+        """All of it as JSON, from which the constructor makes an equal one.
+
+        Of a tokenizer of kind 'tokenizers' it is a valid `tokenizer.json`, with our rules in it.
+        """
+        return self._serialized
 
     def save(self, path: str | Path) -> None:
-        """Write a `tokenizer.json`, whole or not at all."""
+        """Write `to_json` to a file, whole or not at all."""
         path = Path(path)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
         try:
@@ -118,40 +141,80 @@ class Tokenizer:
             raise
 
     @property
+    def kind(self) -> Literal["tokenizers", "sentencepiece"]:
+        """The library that runs it."""
+        return "sentencepiece" if isinstance(self._model, SentencePieceModel) else "tokenizers"
+
+    @property
+    def sentencepiece_model(self) -> bytes | None:
+        """The content of its `.model` file; None where there is none."""
+        return self._model.data if isinstance(self._model, SentencePieceModel) else None
+
+    @property
     def vocab_size(self) -> int:
         """One more than the largest id."""
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        return self._vocab_size
 
-    def __call__(self, texts: Sequence[str], context_length: int) -> NDArray[np.int32]:
-        """Return int32 [len(texts), context_length]. A text too long is cut and keeps its end."""
+    @property
+    def start_id(self) -> int | None:
+        """The token before every text; None: there is none."""
+        return self.rules.start_id
+
+    @property
+    def eot_id(self) -> int | None:
+        """The token after every text; a model finds its end at the first of them. None: none."""
+        return None if self.rules.strip_sep else self.rules.eot_id
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills rows."""
+        return self.rules.pad_id
+
+    def __call__(
+        self, texts: Sequence[str], context_length: int | None = None
+    ) -> NDArray[np.int32]:
+        """Return int32 [len(texts), context_length]. A text too long is cut and keeps its end.
+
+        context_length: None: that of `rules`. Raises UserError if it leaves no room for text.
+        """
         if isinstance(texts, str):
             raise TypeError("texts is a sequence of captions, not one caption")
-        if context_length < 3:
-            raise UserError(f"context_length {context_length} leaves no room for text; at least 3")
-        rows = np.full((len(texts), context_length), self.pad_id, np.int32)
-        encoded = self._tokenizer.encode_batch_fast(
-            [_encodable(text) for text in texts], add_special_tokens=False
-        )
-        for row, encoding in zip(rows, encoded, strict=True):
-            ids = encoding.ids[: context_length - 2]
-            row[0] = self.start_id
-            row[1 : len(ids) + 1] = ids
-            row[len(ids) + 1] = self.eot_id
+        rules = self.rules
+        length = rules.context_length if context_length is None else context_length
+        if length is None:
+            raise UserError("this tokenizer has no context_length of its own; give one")
+        before = [] if rules.start_id is None else [rules.start_id]
+        after = [] if rules.eot_id is None else [rules.eot_id]
+        room = length - len(before) - len(after)
+        if room < 1:
+            raise UserError(
+                f"context_length {length} leaves no room for text; at least {length - room + 1}"
+            )
+        if rules.strip_sep:
+            after = [rules.pad_id] * len(after)
+        cleaned = [encodable(clean(text, rules.clean, lowercase=rules.lowercase)) for text in texts]
+        rows = np.full((len(texts), length), rules.pad_id, np.int32)
+        for row, ids in zip(rows, self._model.encode(cleaned), strict=True):
+            whole = before + ids[:room] + after
+            row[: len(whole)] = whole
         return rows
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of a row up to its end token, words apart by single blanks."""
+        """Return the text of a row up to its end token, words apart by single blanks.
+
+        Without an end token, padding that stands for itself alone ends it.
+        """
+        rules = self.rules
         kept: list[int] = []
-        for token in ids:
+        for token in map(int, ids):
             if token == self.eot_id:
                 break
-            kept.append(int(token))  # the library drops special tokens
-        return str(self._tokenizer.decode(kept)).strip()
+            if token != rules.start_id:
+                kept.append(token)
+        if self.eot_id is None:
+            while kept and kept[-1] == rules.pad_id:
+                kept.pop()
+        return self._model.decode(kept).strip()
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[str]]:
         return Tokenizer, (self.to_json(),)
-
-
-def _encodable(text: str) -> str:
-    """JSON can hold half a surrogate pair, which no UTF-8 can."""
-    return text.encode("utf-8", errors="replace").decode("utf-8")

@@ -1,6 +1,7 @@
 """Pictures: from an encoded file to a uint8 array of the size that the model takes.
 
-All image decoding of the project goes through `decode_image`.
+All image decoding of the project goes through `decode_image`, all resampling of photographs through
+`resized`.
 """
 
 import io
@@ -15,9 +16,12 @@ from clip_jax.config.schema import AugmentConfig
 from clip_jax.data.object_view import fitted_object, object_view
 
 Framing = Literal["crop", "object"]
+Resize = Literal["shortest", "squash"]
+Interpolation = Literal["bicubic", "bilinear"]
 WHITE = (255, 255, 255)
 MAX_PIXELS = 2**26  # 67 million: larger ones are accidents or attacks. Pillow warns from 89 on
 
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _EXIF_ORIENTATION = 0x0112
 _CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
@@ -41,31 +45,62 @@ def decode_image(
         if smallest_side is not None:
             image.draft("RGB", (smallest_side, smallest_side))
         image.load()
-        if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
+        return upright_rgb(image, background)
     # Pillow raises half a dozen types, SyntaxError among them, on damaged files.
     except Exception as error:
         raise ValueError(f"cannot decode the image ({len(data)} bytes): {error}") from error
+
+
+def upright_rgb(image: Image.Image, background: tuple[int, int, int] | None = WHITE) -> Image.Image:
+    """Turn an image as its EXIF orientation says and convert it as `decode_image` does."""
+    if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     return _to_rgb(image, background)
 
 
+def resized(
+    image: Image.Image,
+    size: tuple[int, int],
+    interpolation: Interpolation,
+    box: tuple[float, float, float, float] | None = None,
+) -> Image.Image:
+    """The image, or a box (left, top, right, bottom) of it, at size (width, height), antialiased.
+
+    Pillow's filters, as torchvision uses them on PIL images. On tensors torchvision has its own,
+    whose results are a grey level apart here and there.
+    """
+    return image.resize(size, _FILTERS[interpolation], box=box)
+
+
 def training_view(
-    data: bytes, framing: Framing, config: AugmentConfig, image_size: int, rng: np.random.Generator
+    data: bytes,
+    framing: Framing,
+    config: AugmentConfig,
+    image_size: int,
+    rng: np.random.Generator,
+    *,
+    interpolation: Interpolation = "bicubic",
 ) -> NDArray[np.uint8]:
     """Decode a picture and return a random view of it: uint8 [image_size, image_size, 3].
 
-    Raises ValueError as `decode_image` does.
+    framing 'object' is always bilinear. Raises ValueError as `decode_image` does.
     """
     if framing == "object":
         return object_view(decode_image(data, background=None), config, image_size, rng)
     smallest_side = None
     if config.scaled_jpeg_decode:
         smallest_side = math.ceil(image_size / math.sqrt(config.crop_scale[0]))
-    return augment(decode_image(data, smallest_side=smallest_side), config, image_size, rng)
+    image = decode_image(data, smallest_side=smallest_side)
+    return augment(image, config, image_size, rng, interpolation=interpolation)
 
 
 def augment(
-    image: Image.Image, config: AugmentConfig, image_size: int, rng: np.random.Generator
+    image: Image.Image,
+    config: AugmentConfig,
+    image_size: int,
+    rng: np.random.Generator,
+    *,
+    interpolation: Interpolation = "bicubic",
 ) -> NDArray[np.uint8]:
     """Return a random view of an RGB image: uint8 [image_size, image_size, 3].
 
@@ -74,7 +109,14 @@ def augment(
     content.
     """
     box = _random_crop(image.size, config, rng)
-    image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
+    image = resized(image, (image_size, image_size), interpolation, box)
+    return np.asarray(flip_and_recolor(image, config, rng))
+
+
+def flip_and_recolor(
+    image: Image.Image, config: AugmentConfig, rng: np.random.Generator
+) -> Image.Image:
+    """The part of `augment` after the crop: flip, colour jitter, grayscale."""
     flip, jitter, grayscale = rng.random(3)
     if flip < config.horizontal_flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -82,27 +124,42 @@ def augment(
         image = _jitter(image, config, rng)
     if grayscale < config.grayscale:
         image = image.convert("L").convert("RGB")
-    return np.asarray(image)
+    return image
 
 
 def evaluation_image(
-    image: Image.Image, image_size: int, framing: Framing = "crop"
+    image: Image.Image,
+    image_size: int,
+    framing: Framing = "crop",
+    *,
+    resize: Resize = "shortest",
+    interpolation: Interpolation = "bicubic",
 ) -> NDArray[np.uint8]:
     """Return the view of an RGB image that scores rest on: uint8 [image_size, image_size, 3].
 
-    framing 'crop': resize the shorter side, bicubic, and crop the centre, with torchvision's
-    rounding (`Resize`, `CenterCrop`), as open_clip evaluates. 'object': see `fitted_object`.
+    framing 'crop': `resize` 'shortest' resizes the shorter side and crops the centre, with
+    torchvision's rounding (`Resize`, `CenterCrop`), as open_clip evaluates; transformers' CLIP
+    processors round half a margin down where torchvision rounds it to even. 'squash' resizes both
+    sides, as SigLIP does. 'object': see `fitted_object`.
     """
     if framing == "object":
         return fitted_object(image, image_size)
+    if resize == "squash":
+        return np.asarray(resized(image, (image_size, image_size), interpolation))
     width, height = image.size
     if width <= height:
         size = (image_size, int(image_size * height / width))
     else:
         size = (int(image_size * width / height), image_size)
-    image = image.resize(size, Image.Resampling.BICUBIC)
     left = round((size[0] - image_size) / 2)
     top = round((size[1] - image_size) / 2)
+    if size[0] * size[1] > MAX_PIXELS:
+        # A strip of a picture: only its middle is resized, a grey level apart here and there.
+        scale = width / size[0], height / size[1]
+        box = (left, top, left + image_size, top + image_size)
+        part = (box[0] * scale[0], box[1] * scale[1], box[2] * scale[0], box[3] * scale[1])
+        return np.asarray(resized(image, (image_size, image_size), interpolation, part))
+    image = resized(image, size, interpolation)
     return np.asarray(image.crop((left, top, left + image_size, top + image_size)))
 
 

@@ -11,7 +11,13 @@ from data.tars import pairs, png, write_tar
 from PIL import Image
 
 from clip_jax.config.errors import UserError
-from clip_jax.config.schema import AugmentConfig, DataConfig, ObjectViewConfig, SourceConfig
+from clip_jax.config.schema import (
+    AugmentConfig,
+    DataConfig,
+    ImageTowerConfig,
+    ObjectViewConfig,
+    SourceConfig,
+)
 from clip_jax.data.pipeline import (
     captions,
     evaluation_batches,
@@ -26,7 +32,7 @@ CONFIG = DataConfig(
     sources={"large": SourceConfig(weight=3.0), "small": SourceConfig(weight=1.0)},
     augment=AugmentConfig(crop_scale=(0.4, 1.0), horizontal_flip=0.5, color_jitter=0.5),
 )
-SHAPE = {"image_size": 12, "context_length": 8}
+SHAPE = {"image": ImageTowerConfig(image_size=12, patch_size=4), "context_length": 8}
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +80,53 @@ def test_batch_shapes(tar_sources, tokenizer):
         "image": (np.uint8, (8, 12, 12, 3)),
         "tokens": (np.int32, (8, 8)),
     }
+
+
+NAFLEX = ImageTowerConfig(kind="naflex", patch_size=4, max_num_patches=10)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_naflex_batches(tar_sources, tokenizer, workers):
+    config = dataclasses.replace(CONFIG, num_workers=workers)
+    with training_batches(
+        config,
+        tar_sources,
+        tokenizer,
+        **(SHAPE | {"image": NAFLEX}),
+        seed=0,
+        global_batch_size=8,
+        process_index=0,
+        process_count=1,
+        start_sample=0,
+    ) as batches:
+        batch = next(batches)
+    assert {name: (array.dtype, array.shape) for name, array in batch.items()} == {
+        "patches": (np.uint8, (8, 10, 48)),
+        "patch_mask": (np.bool_, (8, 10)),
+        "spatial_shapes": (np.int32, (8, 2)),
+        "tokens": (np.int32, (8, 8)),
+    }
+    assert (batch["spatial_shapes"] == 3).all()  # the pictures are squares
+    assert (batch["patch_mask"].sum(axis=1) == 9).all()
+    assert batch["patches"][:, :9].any(axis=(1, 2)).all()
+
+
+def test_naflex_evaluation(tar_sources, tokenizer):
+    with evaluation_batches(
+        tar_sources["small"],
+        tokenizer,
+        **(SHAPE | {"image": NAFLEX}),
+        batch_size=8,
+        process_index=0,
+        process_count=1,
+        num_threads=1,
+    ) as batches:
+        first, last = batches
+    assert (first["spatial_shapes"] == 3).all()
+    assert last["mask"].tolist() == [True] * 3 + [False] * 5
+    assert (last["patch_mask"].sum(axis=1) == [9] * 3 + [1] * 5).all()
+    assert (last["spatial_shapes"][3:] == 1).all()
+    assert not last["patches"][3:].any()
 
 
 @pytest.fixture(scope="module")

@@ -171,12 +171,15 @@ def test_damaged_pictures_decode_or_raise_value_error(data, format):
     assert image.mode == "RGB"
 
 
-def reference_evaluation(image: Image.Image, size: int) -> np.ndarray:
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+def reference_evaluation(image: Image.Image, size: int, resampling: int = 3) -> np.ndarray:
     """torchvision.transforms.Resize(size, BICUBIC) and CenterCrop(size), written out."""
     width, height = image.size
     short, long = min(width, height), max(width, height)
     new_long = int(size * long / short)
-    image = image.resize((size, new_long) if width <= height else (new_long, size), 3)
+    image = image.resize((size, new_long) if width <= height else (new_long, size), resampling)
     top, left = (round((full - size) / 2.0) for full in (image.height, image.width))
     return np.asarray(image)[top : top + size, left : left + size]
 
@@ -191,10 +194,46 @@ def test_evaluation_image(shape, size):
     assert (pixels == reference_evaluation(image, size)).all()
 
 
-def test_no_augmentation_is_a_resize():
+@pytest.mark.parametrize("interpolation", FILTERS)
+def test_evaluation_interpolation_and_squash(interpolation):
+    image, resampling = photo(101, 64), FILTERS[interpolation]
+    pixels = evaluation_image(image, 16, interpolation=interpolation)
+    assert (pixels == reference_evaluation(image, 16, resampling)).all()
+    squashed = evaluation_image(image, 16, resize="squash", interpolation=interpolation)
+    assert (squashed == np.asarray(image.resize((16, 16), resampling))).all()
+
+
+def test_strips_are_not_resized_whole(monkeypatch):
+    """A picture of 1 x 5000 pixels would become one of 224 x 1,120,000."""
+    for shape in ((400, 7), (7, 400), (300, 200)):
+        whole = evaluation_image(photo(*shape), 24).astype(int)
+        with monkeypatch.context() as patch:
+            patch.setattr(transforms, "MAX_PIXELS", 24 * 24)
+            middle = evaluation_image(photo(*shape), 24).astype(int)
+        assert middle.shape == (24, 24, 3)
+        assert np.abs(middle - whole).mean() < 0.5
+    assert evaluation_image(photo(40_000, 1), 224).shape == (224, 224, 3)
+
+
+def test_object_framing_has_its_own_resizing():
+    image = photo(40, 30)
+    views = [
+        evaluation_image(image, 16, "object", resize=resize, interpolation=interpolation)
+        for resize in ("shortest", "squash")
+        for interpolation in FILTERS
+    ]
+    assert all((view == views[0]).all() for view in views)
+
+
+@pytest.mark.parametrize("interpolation", FILTERS)
+def test_no_augmentation_is_a_resize(interpolation):
     image = photo(40, 40)
-    pixels = augment(image, NOTHING, 24, np.random.default_rng(0))
-    assert (pixels == np.asarray(image.resize((24, 24), Image.Resampling.BICUBIC))).all()
+    pixels = augment(image, NOTHING, 24, np.random.default_rng(0), interpolation=interpolation)
+    assert (pixels == np.asarray(image.resize((24, 24), FILTERS[interpolation]))).all()
+    data = encoded(image)
+    rng = np.random.default_rng(0)
+    view = training_view(data, "crop", NOTHING, 24, rng, interpolation=interpolation)
+    assert (view == pixels).all()
 
 
 def crops(config: AugmentConfig, size: tuple[int, int], count: int = 400) -> np.ndarray:
