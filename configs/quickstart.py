@@ -20,6 +20,7 @@ from clip_jax.config import (
     ScheduleConfig,
     SourceConfig,
     TextTowerConfig,
+    TokenizerConfig,
     to_config_dict,
 )
 
@@ -67,6 +68,7 @@ def get_config():
             ),
             data=DataConfig(
                 framing="object",
+                tokenizer=TokenizerConfig(kind="bpe"),
                 sources={
                     "base": _split("base", 0.3),
                     "outlined": _split("outlined", 2.5),

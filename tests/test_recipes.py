@@ -5,14 +5,24 @@ from pathlib import Path
 
 import jax
 import pytest
-from small import mesh_of
+from small import mesh_of, small_config
 
-from clip_jax.config import to_dict
+from clip_jax.config import to_dict, to_json
 from clip_jax.config.load import load_config
 from clip_jax.tasks import ContrastiveTask
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
+
+
+@pytest.fixture(autouse=True)
+def imported(tmp_path, monkeypatch):
+    """The checkpoint that a fine-tuning recipe starts from, where it looks for it."""
+    workdir = tmp_path / "runs" / "imported"
+    workdir.mkdir(parents=True)
+    (workdir / "config.json").write_text(to_json(small_config()))
+    (workdir / "tokenizer.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

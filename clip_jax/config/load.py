@@ -17,6 +17,7 @@ from clip_jax.config import schema
 from clip_jax.config.convert import from_config_dict, load_json, to_config_dict, unknown_key
 from clip_jax.config.errors import ConfigError, UserError
 from clip_jax.config.schema import ExperimentConfig
+from clip_jax.config.start import apply_start
 from clip_jax.config.validation import validate
 
 
@@ -34,6 +35,8 @@ def load_config(arguments: Sequence[str]) -> ExperimentConfig:
     base = _base(path)
     for override in overrides:
         _check_key(override, base)
+    # A saved config.json has been through this; what it says of its model is final.
+    base = apply_start(base, overrides, saved=path.endswith(".json"))
     overrides, unset = _split_unset(overrides)
     values = flags.FlagValues()
     argv = ["clip-jax", *overrides]

@@ -26,6 +26,9 @@ class ImageTowerConfig:
     image_size: int = 224  # pixels, height = width
     patch_size: int = 32  # pixels; with a conv stem: its total stride
     patch_bias: bool = False  # of the patch embedding
+    # Pixels beyond the last whole patch are left out, as by a strided convolution: SigLIP So400m/14
+    # at 384 sees 378. Otherwise image_size must be a multiple of patch_size.
+    crop_to_patches: bool = False
     max_num_patches: int = 256  # naflex: the length of a sequence
     stem: Literal["patch", "conv"] = "patch"  # conv: Xiao et al. 2021, strided 3x3 convolutions
     stem_widths: tuple[int, ...] = ()  # channels after each convolution
@@ -103,9 +106,9 @@ class ModelConfig:
 class StartConfig:
     """Weights that a run starts from, each the workdir of a run or of `clip-jax import`.
 
-    `model` also brings its architecture, tokenizer and preprocessing, which a recipe need not
-    repeat; `image` and `text` bring those of one tower. Learned position embeddings are resampled
-    to another `image_size`.
+    `model` also brings its architecture, tokenizer, preprocessing and kind of loss in place of the
+    recipe's; `image` and `text` bring those of one tower. Settings on the command line come after
+    them: learned position embeddings are resampled to another `image_size`.
     """
 
     model: str | None = None  # both towers, projections, scale and bias
@@ -173,12 +176,12 @@ class AugmentConfig:
 class TokenizerConfig:
     """How captions become tokens; the tokenizer is kept in the workdir and in every checkpoint.
 
-    kind 'bpe': trained on the captions of the training sources at the first start. 'clip': CLIP's
-    BPE, which comes with clip_jax. 'file': `path` is a Hugging Face `tokenizer.json`, a
+    kind 'clip': CLIP's BPE, which comes with clip_jax. 'bpe': one that is trained on the captions
+    of the training sources at the first start. 'file': `path` is a Hugging Face `tokenizer.json`, a
     sentencepiece `.model`, a BERT `vocab.txt`, or a folder that holds one of them.
     """
 
-    kind: Literal["bpe", "clip", "file"] = "bpe"
+    kind: Literal["clip", "bpe", "file"] = "clip"
     path: str = ""
     lowercase: bool = True
 
@@ -300,6 +303,9 @@ MAY_CHANGE_ON_RESUME = (
     "mesh",
     "microbatches",
     "remat",
+    "start.model",
+    "start.image",
+    "start.text",
     "loss.tile_size",
     "loss.bidirectional",
     "data.num_workers",

@@ -6,13 +6,8 @@ from typing import Any
 
 from clip_jax.config.convert import flatten
 from clip_jax.config.errors import ConfigError
-from clip_jax.config.schema import (
-    AugmentConfig,
-    ExperimentConfig,
-    ImageTowerConfig,
-    ModelConfig,
-    TextTowerConfig,
-)
+from clip_jax.config.schema import AugmentConfig, ExperimentConfig
+from clip_jax.config.validation_model import KINDS_WITH_HEADS, check_model
 
 _POSITIVE = (
     "num_steps",
@@ -67,15 +62,9 @@ _DECAYS = ("optimizer.b1", "optimizer.b2", "optimizer.ema_decay", "model.image.p
 
 
 # What `data.tokenizers.Tokenizer.train` makes: all bytes, padding, start and end of text.
+_CLIP_VOCABULARY = (49408, 49407)  # size and end of text
 _BPE_EOT_ID = 2
 _BPE_MIN_VOCAB_SIZE = 256 + 3
-
-_KINDS_WITH_HEADS = {"image": ("vit", "naflex"), "text": ("transformer", "bert")}
-_TEXT_POOLINGS = {
-    "transformer": ("eot", "last", "class_token", "mean", "attention"),
-    "bert": ("class_token", "mean"),
-    "cbow": ("mean",),
-}
 
 
 def validate(config: ExperimentConfig) -> ExperimentConfig:
@@ -89,7 +78,7 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     _check_range(flat, _SHARES, lambda v: 0 <= v <= 1, "between 0 and 1")
     _check_range(flat, _DECAYS, lambda v: 0 <= v < 1, "0 or more and below 1")
     _check_range(flat, ("seed",), lambda v: v < 2**63, "below 2**63")
-    _check_model(config.model)
+    check_model(config.model)
     _check_loss(config)
     _check_data(config)
     _check_steps(config)
@@ -146,59 +135,8 @@ def _check_range(
             raise ConfigError(f"config.{key} must be {spelled}, got {flat[key]}")
 
 
-def _check_model(model: ModelConfig) -> None:
-    for tower, kinds in _KINDS_WITH_HEADS.items():
-        settings = getattr(model, tower)
-        if settings.kind in kinds and settings.width % settings.num_heads:
-            raise ConfigError(
-                f"config.model.{tower}.width {settings.width} is not divisible by num_heads "
-                f"{settings.num_heads}"
-            )
-    if model.logit_scale_init > model.logit_scale_max:
-        raise ConfigError(
-            f"config.model.logit_scale_init {model.logit_scale_init} is above logit_scale_max "
-            f"{model.logit_scale_max}; it is the multiplier, not the temperature or its logarithm"
-        )
-    _check_image(model.image)
-    _check_text(model.text)
-    for tower in ("image", "text"):
-        width = getattr(model, tower).width
-        if getattr(model, f"{tower}_projection") == "none" and width != model.embed_dim:
-            raise ConfigError(
-                f"config.model.{tower}_projection 'none' needs a tower as wide as the embedding: "
-                f"config.model.{tower}.width is {width}, embed_dim {model.embed_dim}"
-            )
-
-
-def _check_text(text: TextTowerConfig) -> None:
-    if text.context_length < 3:
-        raise ConfigError(
-            f"config.model.text.context_length {text.context_length} has no room for a word "
-            "between the begin and end of text; use 3 or more"
-        )
-    for name in ("eot_id", "pad_id"):
-        token = getattr(text, name)
-        if token is not None and not 0 <= token < text.vocab_size:
-            raise ConfigError(
-                f"config.model.text.{name} {token} is outside the vocabulary of "
-                f"{text.vocab_size} tokens"
-            )
-    if text.pooling == "eot" and text.eot_id is None:
-        raise ConfigError(
-            "config.model.text.pooling 'eot' needs config.model.text.eot_id, the end of text"
-        )
-    poolings = _TEXT_POOLINGS[text.kind]
-    if text.pooling not in poolings:
-        raise ConfigError(
-            f"config.model.text.pooling {text.pooling!r} is not one of kind {text.kind!r}: "
-            f"{', '.join(poolings)}"
-        )
-    if text.pooler and text.pooling != "class_token":
-        raise ConfigError("config.model.text.pooler needs config.model.text.pooling=class_token")
-
-
 def _check_heads(config: ExperimentConfig, mesh: tuple[int, int, int]) -> None:
-    for tower, kinds in _KINDS_WITH_HEADS.items():
+    for tower, kinds in KINDS_WITH_HEADS.items():
         settings, tensor = getattr(config.model, tower), mesh[2]
         if settings.kind in kinds and settings.num_heads % tensor:
             spelled = config.mesh if config.mesh == mesh else f"{config.mesh} = {mesh}"
@@ -227,74 +165,6 @@ def _check_loss(config: ExperimentConfig) -> None:
         raise ConfigError(
             f"config.model.logit_bias_init {bias} is never learned under config.loss.kind "
             "'softmax', which is blind to it; leave it out"
-        )
-
-
-def _check_image(image: ImageTowerConfig) -> None:
-    if image.kind == "resnet":
-        _check_resnet(image)
-        return
-    if image.pooling == "class_token" and not image.class_token:
-        raise ConfigError(
-            "config.model.image.pooling 'class_token' needs config.model.image.class_token=True"
-        )
-    if image.pooling == "none":
-        raise ConfigError(
-            "config.model.image.pooling 'none' gives no embedding to contrast; it is for towers "
-            "used on their own"
-        )
-    if image.kind == "naflex" and (image.stem != "patch" or image.class_token):
-        raise ConfigError(
-            "config.model.image.kind 'naflex' takes patches as they are: "
-            "config.model.image.stem=patch and config.model.image.class_token=False"
-        )
-    if image.position_embedding == "sincos2d" and image.width % 4:
-        raise ConfigError(
-            f"config.model.image.position_embedding 'sincos2d' needs a width divisible by 4, got "
-            f"{image.width}"
-        )
-    if image.image_size % image.patch_size:
-        below = image.image_size // image.patch_size * image.patch_size
-        nearest = f"{below} or {below + image.patch_size}" if below else f"{image.patch_size}"
-        raise ConfigError(
-            f"config.model.image.image_size {image.image_size} is not divisible by patch_size "
-            f"{image.patch_size}; nearest: {nearest}"
-        )
-    if image.stem == "conv":
-        widths, strides = image.stem_widths, image.stem_strides
-        if not widths or len(widths) != len(strides) or min(*widths, *strides) < 1:
-            raise ConfigError(
-                "config.model.image.stem_widths and stem_strides must be one positive number for "
-                f"each convolution of the stem, got {widths} and {strides}"
-            )
-        if image.patch_size % math.prod(strides):
-            raise ConfigError(
-                f"config.model.image.patch_size {image.patch_size} is not divisible by "
-                f"{math.prod(strides)}, the product of stem_strides {strides}"
-            )
-    elif image.stem_widths:
-        raise ConfigError(
-            f"config.model.image.stem_widths {image.stem_widths} needs config.model.image.stem=conv"
-        )
-    if any(s <= 0 for s in image.std):
-        raise ConfigError(f"config.model.image.std must be positive, got {image.std}")
-
-
-def _check_resnet(image: ImageTowerConfig) -> None:
-    if len(image.resnet_layers) != 4 or min(image.resnet_layers) < 1:
-        raise ConfigError(
-            "config.model.image.resnet_layers must be the blocks of four stages, as (3, 4, 6, 3), "
-            f"got {image.resnet_layers}"
-        )
-    if image.patch_size != 32 or image.image_size % 32:
-        raise ConfigError(
-            "config.model.image.kind 'resnet' has a stride of 32: patch_size must be 32 and "
-            f"image_size a multiple of it, got {image.patch_size} and {image.image_size}"
-        )
-    if image.width % 2 or 32 * image.width % image.num_heads:
-        raise ConfigError(
-            f"config.model.image.width {image.width} must be even, and 32 x width divisible by "
-            f"num_heads {image.num_heads}"
         )
 
 
@@ -335,6 +205,15 @@ def _check_tokenizer(config: ExperimentConfig) -> None:
     if tokenizer.kind == "file":
         if not tokenizer.path:
             raise ConfigError("config.data.tokenizer.path is empty; name a tokenizer.json")
+        return
+    if tokenizer.kind == "clip":
+        size, eot_id = _CLIP_VOCABULARY
+        if text.vocab_size < size or text.eot_id != eot_id:
+            raise ConfigError(
+                f"config.data.tokenizer.kind 'clip' has {size} tokens and end of text {eot_id}; "
+                f"config.model.text has vocab_size {text.vocab_size} and eot_id "
+                f"{text.eot_id}; use kind=bpe to train one on the captions, or kind=file"
+            )
         return
     own = "config.data.tokenizer.kind=file and path=tokenizer.json for a tokenizer you have"
     if text.eot_id != _BPE_EOT_ID:
@@ -378,6 +257,12 @@ def _check_steps(config: ExperimentConfig) -> None:
             f"config.schedule.warmup_steps {config.schedule.warmup_steps} is more than num_steps "
             f"{config.num_steps}; set config.schedule.warmup_steps too, to {config.num_steps} or "
             "less"
+        )
+    if config.microbatches > 1 and config.model.image.kind == "resnet":
+        raise ConfigError(
+            f"config.microbatches {config.microbatches} does not go with the batch norm of "
+            "config.model.image.kind 'resnet': a microbatch has other statistics than the batch; "
+            "use config.microbatches=1"
         )
     if config.global_batch_size % config.microbatches:
         raise ConfigError(
