@@ -78,7 +78,7 @@ class Evaluator:
         image_batches = evaluation_batches(
             source,
             None,
-            image_size=model.image.image_size,
+            image=model.image,
             context_length=model.text.context_length,
             batch_size=config.evaluation.batch_size,
             process_index=jax.process_index(),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from clip_jax.config import ExperimentConfig
+from clip_jax.config import ExperimentConfig, ImageTowerConfig
 from clip_jax.models import CLIP, Execution, forward_flops
 from clip_jax.objectives import contrastive_loss
 from clip_jax.parallel import BATCH_AXES
@@ -31,21 +31,30 @@ class ContrastiveTask:
         self.execution = execution or Execution.for_backend(
             jax.default_backend(), precision=config.precision, remat=config.remat
         )
-        self._graphdef, self._abstract = nnx.split(
-            jax.eval_shape(self._new_model, jax.random.key(0))
+        abstract = jax.eval_shape(self._new_model, jax.random.key(0))
+        self._graphdef, *self._states = nnx.split(abstract, nnx.Param, nnx.BatchStat)
+        image = config.model.image
+        # A locked tower runs as in evaluation: all patches, and batch statistics as they are.
+        self._image_trains = "image" not in config.start.lock
+        self._image_needs_keys = self._image_trains and (
+            image.patch_dropout > 0 or image.kind == "resnet"
         )
 
     def _new_model(self, rng: Array) -> CLIP:
         return CLIP(self.config.model, self.execution, rngs=nnx.Rngs(rng))
 
-    def model(self, params: Tree) -> CLIP:
-        """The nnx module that holds `params`; cheap inside jit, where it is traced away."""
-        state: Any = jax.tree.map(lambda leaf: leaf, self._abstract)
-        nnx.replace_by_pure_dict(state, params)
-        return nnx.merge(self._graphdef, state)
+    def model(self, params: Tree, model_state: Tree) -> CLIP:
+        """The nnx module that holds these arrays; cheap inside jit, where it is traced away."""
+        states = []
+        for abstract, arrays in zip(self._states, (params, model_state), strict=True):
+            state: Any = jax.tree.map(lambda leaf: leaf, abstract)
+            nnx.replace_by_pure_dict(state, arrays)
+            states.append(state)
+        return nnx.merge(self._graphdef, *states)
 
     def init(self, rng: Array) -> tuple[Tree, Tree]:
-        return nnx.to_pure_dict(nnx.state(self._new_model(rng))), {}
+        model = self._new_model(rng)
+        return _arrays(model, nnx.Param), _arrays(model, nnx.BatchStat)
 
     def loss(
         self,
@@ -56,9 +65,15 @@ class ContrastiveTask:
         rng: Array,
         step: Array,
     ) -> tuple[Array, tuple[Tree, dict[str, Array]]]:
-        del rng, step  # the towers draw no random numbers
-        model = self.model(params)
-        image_BE, text_BE = self._encode(model, batch)
+        del step  # `rng` already differs from step to step
+        # No gradient for what does not train: nothing of it is kept for a backward pass.
+        params = {
+            name: jax.lax.stop_gradient(group) if not self.trainable(name) else group
+            for name, group in params.items()
+        }
+        model = self.model(params, model_state)
+        image_BE, text_BE = self._encode(model, batch, rng)
+        model_state = _arrays(model, nnx.BatchStat)
         logit_scale = model.logit_scale()
         logit_bias = None if model.logit_bias is None else model.logit_bias[...]
         config = self.config.loss
@@ -100,12 +115,20 @@ class ContrastiveTask:
             metrics |= {"logit_bias": logit_bias}
         return loss, (model_state, metrics)
 
-    def _encode(self, model: CLIP, batch: Mapping[str, Array]) -> tuple[Array, Array]:
+    def _encode(self, model: CLIP, batch: Mapping[str, Array], rng: Array) -> tuple[Array, Array]:
         """Both towers' embeddings [B, E], in microbatches that are recomputed going backward."""
-        k = self.config.microbatches
+        k, num_rows = self.config.microbatches, len(batch["tokens"])
+
+        def encode_image(inputs: Mapping[str, Array]) -> Array:
+            if not self._image_needs_keys:
+                return model.encode_image(inputs)
+            # From the place in the global batch: neither devices nor microbatches change the keys.
+            keys_B = jax.vmap(lambda row: jax.random.fold_in(rng, row))(inputs["row"])
+            return model.encode_image(inputs, row_keys_B=keys_B)
+
+        batch = dict(batch) | {"row": jnp.arange(num_rows)}
         if k == 1:
-            return model.encode_image(batch), model.encode_text(batch)
-        num_rows = len(batch["image"])
+            return encode_image(batch), model.encode_text(batch)
         num_devices = math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
         if num_rows % (k * num_devices):
             raise ValueError(
@@ -121,7 +144,7 @@ class ContrastiveTask:
             x_bk = x_B.reshape(num_rows // k, k, *x_B.shape[1:])
             return jax.lax.with_sharding_constraint(x_bk, by_device)
 
-        dealt = jax.tree.map(deal, dict(batch))
+        dealt = jax.tree.map(deal, batch)
 
         def run(encode: Callable[[Mapping[str, Array]], Array]) -> Array:
             def encode_one(i: Array) -> Array:
@@ -131,7 +154,7 @@ class ContrastiveTask:
             return jnp.moveaxis(embeddings_kbE, 0, 1).reshape(num_rows, -1)
 
         # One tower after the other: their activations are never held together.
-        return run(model.encode_image), run(model.encode_text)
+        return run(encode_image), run(model.encode_text)
 
     def constrain(self, params: Tree) -> Tree:
         """Clips the logit scale from above, as CLIP does to keep training stable."""
@@ -139,22 +162,19 @@ class ContrastiveTask:
         return params | {"log_logit_scale": jnp.minimum(params["log_logit_scale"], highest)}
 
     def trainable(self, path: str) -> bool:
-        return True
+        return path.split("/", maxsplit=1)[0] not in self.config.start.lock
 
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        model, batch = self.config.model, self.config.global_batch_size
-        size = model.image.image_size
-        return {
-            "image": jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8),
-            "tokens": jax.ShapeDtypeStruct((batch, model.text.context_length), jnp.int32),
-        }
+        batch, text = self.config.global_batch_size, self.config.model.text
+        tokens = jax.ShapeDtypeStruct((batch, text.context_length), jnp.int32)
+        return _image_spec(self.config.model.image, batch) | {"tokens": tokens}
 
     def embed(
         self, params: Tree, model_state: Tree, batch: Mapping[str, Array]
     ) -> dict[str, Array]:
-        model = self.model(params)
+        model = self.model(params, model_state)
         embeddings = {}
-        if "image" in batch:
+        if "image" in batch or "patches" in batch:
             embeddings["image"] = model.encode_image(batch)
         if "tokens" in batch:
             embeddings["text"] = model.encode_text(batch)
@@ -163,6 +183,23 @@ class ContrastiveTask:
     def flops(self) -> int:
         """Three forward passes per sample: one forward, two backward. The loss is left out."""
         return 3 * sum(forward_flops(self.config.model))
+
+
+def _arrays(model: CLIP, kind: type[nnx.Variable]) -> Tree:
+    arrays: Tree = nnx.to_pure_dict(nnx.state(model, kind))
+    return arrays
+
+
+def _image_spec(image: ImageTowerConfig, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
+    if image.kind != "naflex":
+        shape = (batch, image.image_size, image.image_size, 3)
+        return {"image": jax.ShapeDtypeStruct(shape, jnp.uint8)}
+    length, pixels = image.max_num_patches, 3 * image.patch_size**2
+    return {
+        "patches": jax.ShapeDtypeStruct((batch, length, pixels), jnp.uint8),
+        "patch_mask": jax.ShapeDtypeStruct((batch, length), jnp.bool_),
+        "spatial_shapes": jax.ShapeDtypeStruct((batch, 2), jnp.int32),
+    }
 
 
 def _labels(batch: Mapping[str, Array], *, with_ids: bool) -> dict[str, Array]:

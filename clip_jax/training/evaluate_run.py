@@ -32,10 +32,18 @@ def evaluate_run(
     task = ContrastiveTask(config, mesh)
     tokenizer = Tokenizer.load(workdir.tokenizer)
     evaluator = Evaluator(task, tokenizer, config, mesh, cache_dir(config.data))
-    abstract = abstract_state(task, make_optimizer(config), mesh)
+    abstract = abstract_state(
+        task,
+        make_optimizer(config, task.trainable),
+        mesh,
+        ema=config.optimizer.ema_decay is not None,
+    )
     with contextlib.closing(CheckpointStore(workdir.checkpoints)) as store:
-        skipped = jax.tree.map(lambda _: SKIP, abstract.opt_state)
-        state = store.restore(abstract._replace(opt_state=skipped), step)
+        skipped = {
+            name: jax.tree.map(lambda _: SKIP, getattr(abstract, name))
+            for name in ("opt_state", "ema")
+        }
+        state = store.restore(abstract._replace(**skipped), step)
     results = evaluator(state.params, state.model_state)
     report = workdir.report
     if jax.process_index() == 0:

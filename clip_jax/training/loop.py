@@ -24,6 +24,7 @@ from clip_jax.parallel import from_first_process, make_mesh, to_global_batch
 from clip_jax.tasks import ContrastiveTask
 from clip_jax.training.optimizer import make_optimizer, make_schedule
 from clip_jax.training.resume import check_workdir
+from clip_jax.training.start import describe, starting_arrays, with_arrays
 from clip_jax.training.state import TrainState, abstract_state, count_parameters, init_state
 from clip_jax.training.step import make_train_step
 from clip_jax.training.telemetry import MetricsWriter, ProgressLine, check_logging
@@ -65,8 +66,9 @@ def train(
 
         # ---- Model, optimizer, evaluation ------------------------------------------------------
         task = ContrastiveTask(config, mesh)
-        optimizer, schedule = make_optimizer(config), make_schedule(config)
-        abstract = abstract_state(task, optimizer, mesh)
+        optimizer, schedule = make_optimizer(config, task.trainable), make_schedule(config)
+        ema_decay = config.optimizer.ema_decay
+        abstract = abstract_state(task, optimizer, mesh, ema=ema_decay is not None)
         evaluator = Evaluator(task, tokenizer, config, mesh, cache)
 
         # ---- Where the run stands --------------------------------------------------------------
@@ -84,7 +86,7 @@ def train(
                 config.data,
                 sources,
                 tokenizer,
-                image_size=config.model.image.image_size,
+                image=config.model.image,
                 context_length=config.model.text.context_length,
                 seed=config.seed,
                 global_batch_size=config.global_batch_size,
@@ -94,9 +96,12 @@ def train(
             )
         )
         earlier = read_metrics(workdir.metrics)
-        state = None
+        # The latest checkpoint of the run comes before the weights it started from.
+        state, starting = None, {}
         if store is not None and first_step:
             state = store.restore(abstract, first_step)
+        else:
+            starting = starting_arrays(config, abstract)
 
         # ---- All checks have passed: from here on files change ---------------------------------
         if is_first_process:
@@ -108,7 +113,7 @@ def train(
                 contextlib.closing(CheckpointStore(workdir.checkpoints, config.checkpoint))
             )
         if state is None:
-            state = init_state(task, optimizer, abstract, config.seed)
+            state = with_arrays(init_state(task, optimizer, abstract, config.seed), starting)
 
         # ---- Telemetry -------------------------------------------------------------------------
         earlier = [line for line in earlier if line["step"] <= first_step]
@@ -129,6 +134,8 @@ def train(
             f"{config.name}: {num_parameters:,} parameters, {jax.device_count()} devices as "
             f"{dict(mesh.shape)}, {sum(map(len, sources.values())):,} samples"
         )
+        if starting:
+            progress.say(f"starting with {describe(config.start)}: {len(starting)} arrays")
         for key, (old, new) in changes.items():
             progress.say(f"config change on resume: {key} {old!r} -> {new!r}")
         if 0 < first_step < config.num_steps:
@@ -159,7 +166,9 @@ def train(
             return Outcome(first_step, finished=True, scores=scores)
 
         # ---- Loop ------------------------------------------------------------------------------
-        train_step = make_train_step(task, optimizer, schedule, abstract, mesh, seed=config.seed)
+        train_step = make_train_step(
+            task, optimizer, schedule, abstract, mesh, seed=config.seed, ema_decay=ema_decay
+        )
         in_flight: jax.Array | None = None
         pending: tuple[int, dict[str, jax.Array]] | None = None
         with _interrupts() as interrupted:

@@ -1,6 +1,7 @@
 """Optax optimizers and schedules from the config."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,9 +9,10 @@ import optax
 
 from clip_jax.config import ExperimentConfig
 
-# Biases, norms, positional and class embeddings, the probe of attention pooling, logit scale.
+# Biases, norms, layer scales, position, segment, class and register embeddings, the probe of
+# attention pooling, logit scale.
 _NO_DECAY = re.compile(
-    r"(bias|scale|position_embedding|class_embedding|probe|log_logit_scale|logit_bias)$"
+    r"(bias|scale|(position|segment|class|register)_embedding|probe|log_logit_scale|logit_bias)$"
 )
 
 
@@ -39,8 +41,14 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def make_optimizer(config: ExperimentConfig) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW (Loshchilov & Hutter 2019)."""
+def make_optimizer(
+    config: ExperimentConfig, trainable: Callable[[str], bool] | None = None
+) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW (Loshchilov & Hutter 2019).
+
+    trainable: which parameters it moves, by path; the others stay to the bit and have no moments.
+    None: all.
+    """
     optimizer = config.optimizer
     clip = (
         optax.clip_by_global_norm(optimizer.clip_global_norm)
@@ -55,4 +63,15 @@ def make_optimizer(config: ExperimentConfig) -> optax.GradientTransformation:
         weight_decay=optimizer.weight_decay,
         mask=decay_mask,
     )
-    return optax.chain(clip, adamw)
+    chain = optax.chain(clip, adamw)
+    if trainable is None or not config.start.lock:
+        return chain
+
+    def labels(params: Any) -> Any:
+        def label(path: tuple[Any, ...], _: Any) -> str:
+            moves = trainable(jax.tree_util.keystr(path, simple=True, separator="/"))
+            return "trained" if moves else "locked"
+
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    return optax.partition({"trained": chain, "locked": optax.set_to_zero()}, labels)

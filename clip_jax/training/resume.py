@@ -23,6 +23,11 @@ def check_workdir(
                 f"{workdir.path} has checkpoints but no config.json; use another --workdir"
             )
         return {}
+    if (workdir.checkpoints / "0").exists():  # runs save from their first step on
+        raise UserError(
+            f"{workdir.path} holds imported weights; train them in another --workdir with "
+            f"--config.start.model={workdir.path}"
+        )
     saved, new = flatten(workdir.load_config()), flatten(config)
     changed = {
         key: (saved.get(key), new.get(key))

@@ -18,11 +18,17 @@ class TrainState(NamedTuple):
     params: dict[str, Any]
     model_state: dict[str, Any]
     opt_state: Any
+    ema: dict[str, Any]  # moving average of the parameters; {} where none is kept
 
 
-def abstract_state(task: Task, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state; nothing is allocated."""
-    shapes = jax.eval_shape(lambda rng: _new_state(task, optimizer, rng), jax.random.key(0))
+def abstract_state(
+    task: Task, optimizer: optax.GradientTransformation, mesh: Mesh, *, ema: bool = False
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state; nothing is allocated.
+
+    ema: whether a moving average of the parameters is part of it.
+    """
+    shapes = jax.eval_shape(lambda rng: _new_state(task, optimizer, rng, ema), jax.random.key(0))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -35,13 +41,18 @@ def init_state(
 ) -> TrainState:
     """A fresh state, made where it lies: no device ever holds all of it."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    init = jax.jit(lambda rng: _new_state(task, optimizer, rng), out_shardings=shardings)
+    ema = bool(abstract.ema)
+    init = jax.jit(lambda rng: _new_state(task, optimizer, rng, ema), out_shardings=shardings)
     return init(jax.random.key(seed))
 
 
-def _new_state(task: Task, optimizer: optax.GradientTransformation, rng: Array) -> TrainState:
+def _new_state(
+    task: Task, optimizer: optax.GradientTransformation, rng: Array, ema: bool
+) -> TrainState:
     params, model_state = task.init(rng)
-    return TrainState(jnp.int32(0), params, model_state, optimizer.init(params))
+    # A copy: the state is donated, and no buffer may be in it twice.
+    average = jax.tree.map(jnp.copy, params) if ema else {}
+    return TrainState(jnp.int32(0), params, model_state, optimizer.init(params), average)
 
 
 def count_parameters(params: Any) -> int:

@@ -22,8 +22,11 @@ def make_train_step(
     mesh: Mesh,
     *,
     seed: int,
+    ema_decay: float | None = None,
 ) -> TrainStep:
     """The jitted step: (state, batch) -> (state, metrics). The state is donated.
+
+    ema_decay: of the moving average of the parameters, where `abstract` holds one.
 
     Inputs and outputs have the shardings of `abstract`, so the step's result is its next input
     and it never compiles twice.
@@ -38,12 +41,15 @@ def make_train_step(
         )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = task.constrain(optax.apply_updates(state.params, updates))
+        ema = state.ema
+        if ema_decay is not None:
+            ema = optax.incremental_update(params, ema, 1 - ema_decay)
         metrics = metrics | {
             "loss": loss,
             "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": schedule(state.step),
         }
-        return TrainState(state.step + 1, params, model_state, opt_state), metrics
+        return TrainState(state.step + 1, params, model_state, opt_state, ema), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(

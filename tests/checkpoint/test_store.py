@@ -90,3 +90,26 @@ def test_another_store_reads_what_was_saved(saved):
     assert reader.latest_step() == 10
     assert equal(reader.restore(abstract, 4), state)
     reader.close()
+
+
+def test_groups_load_on_the_host_whatever_the_model(saved):
+    store, _, state, _ = saved
+    groups = store.load(("step", "params"), 8)
+    assert set(groups) == {"step", "params"}
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(groups))
+    assert equal(groups["params"], state.params)
+    with pytest.raises(UserError, match=r"checkpoint .*8 has no queue"):
+        store.load(("queue",), 8)
+
+
+def test_weights_without_optimizer_state_restore_where_it_is_skipped(saved, tmp_path):
+    _, abstract, state, _ = saved
+    host = jax.tree.map(np.asarray, state._asdict())
+    with contextlib.closing(CheckpointStore(tmp_path)) as store:
+        store.save(0, host | {"opt_state": ()}, {"samples_seen": 0})
+        skipped = jax.tree.map(lambda _: SKIP, abstract.opt_state)
+        restored = store.restore(abstract._replace(opt_state=skipped), 0)
+        assert equal(restored.params, state.params)
+        assert restored.opt_state is skipped
+        with pytest.raises(UserError, match="it has no opt_state/"):
+            store.restore(abstract, 0)

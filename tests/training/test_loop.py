@@ -24,6 +24,7 @@ from clip_jax.config import (
     ExperimentConfig,
     LoggingConfig,
     SourceConfig,
+    TokenizerConfig,
     UserError,
 )
 from clip_jax.training.evaluate_run import evaluate_run
@@ -43,7 +44,9 @@ def config(tmp_path_factory) -> ExperimentConfig:
         num_steps=10,
         model=dataclasses.replace(small.model, text=text),
         data=DataConfig(
-            sources={"pairs": SourceConfig(path=str(tar))}, cache_dir=str(folder / "cache")
+            tokenizer=TokenizerConfig(kind="bpe"),
+            sources={"pairs": SourceConfig(path=str(tar))},
+            cache_dir=str(folder / "cache"),
         ),
         evaluation=EvaluationConfig(
             sets={"pairs": EvalSetConfig(path=str(tar), zero_shot_ways=10)}, batch_size=32

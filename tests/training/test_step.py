@@ -1,10 +1,13 @@
 """The train step on one device and on eight."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
-from small import mesh_of, small_batch, small_config
+from small import mesh_of, small_batch, small_config, small_model
 
+from clip_jax.config import ImageTowerConfig, OptimizerConfig, StartConfig
 from clip_jax.parallel import to_global_batch
 from clip_jax.tasks import ContrastiveTask
 from clip_jax.training.optimizer import make_optimizer, make_schedule
@@ -63,3 +66,91 @@ def test_the_state_is_donated():
     step = make_train_step(task, optimizer, make_schedule(config), abstract, mesh, seed=0)
     step(state, to_global_batch(small_batch(config), mesh))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+def train(config, mesh, *, num_steps=2):
+    """The states before and after each step, on the host, and the losses."""
+    task = ContrastiveTask(config, mesh)
+    optimizer, decay = make_optimizer(config, task.trainable), config.optimizer.ema_decay
+    abstract = abstract_state(task, optimizer, mesh, ema=decay is not None)
+    state = init_state(task, optimizer, abstract, seed=0)
+    schedule = make_schedule(config)
+    step = make_train_step(task, optimizer, schedule, abstract, mesh, seed=0, ema_decay=decay)
+    states, losses = [jax.tree.map(np.array, state)], []
+    for i in range(num_steps):
+        state, metrics = step(state, to_global_batch(small_batch(config, seed=i), mesh))
+        states.append(jax.tree.map(np.array, state))
+        losses.append(float(metrics["loss"]))
+    assert step._cache_size() == 1
+    return states, losses
+
+
+def test_a_locked_tower_stays_to_the_bit_and_has_no_moments():
+    config = small_config(start=StartConfig(lock=("image",)))
+    (first, *_, last), _ = train(config, mesh_of(2, 2, 2))
+    assert equal(first.params["image"], last.params["image"])
+    for part in ("text", "image_projection", "log_logit_scale"):
+        assert not equal(first.params[part], last.params[part])
+    paths = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(last.opt_state)
+    ]
+    assert any("/mu/text/" in path for path in paths)
+    assert not any("/image/" in path for path in paths)
+
+
+def test_the_moving_average_follows_its_formula():
+    config = small_config(optimizer=OptimizerConfig(ema_decay=0.75, learning_rate=1e-2))
+    (first, *states), _ = train(config, mesh_of(), num_steps=3)
+    average = first.params
+    for state in states:
+        average = jax.tree.map(lambda a, p: 0.75 * a + 0.25 * p, average, state.params)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), average, state.ema
+        )
+
+
+def loss_of(config, mesh):
+    """The loss of one batch and the new model state, as in the first step."""
+    task = ContrastiveTask(config, mesh)
+    params, model_state = jax.jit(task.init)(jax.random.key(0))
+    batch = to_global_batch(small_batch(config), mesh)
+    loss, (model_state, _) = jax.jit(
+        lambda p, s, b: task.loss(p, s, b, rng=jax.random.key(1), step=0)
+    )(params, model_state, batch)
+    return float(loss), jax.tree.map(np.array, model_state)
+
+
+def test_dropped_patches_depend_on_neither_devices_nor_microbatches():
+    model = small_model(image=dataclasses.replace(small_model().image, patch_dropout=0.5))
+    config = small_config(model=model)
+    dropped, _ = loss_of(config, mesh_of())
+    for microbatches, mesh in ((1, (4, 2, 1)), (4, (2, 1, 2))):
+        changed = dataclasses.replace(config, microbatches=microbatches)
+        assert loss_of(changed, mesh_of(*mesh))[0] == pytest.approx(dropped, rel=1e-5)
+    assert abs(loss_of(small_config(), mesh_of())[0] - dropped) > 1e-4
+
+
+@pytest.mark.parametrize("batch_norm", ["global", "local"])
+def test_batch_statistics_depend_on_the_batch_alone(batch_norm):
+    image = ImageTowerConfig(
+        kind="resnet",
+        image_size=32,
+        resnet_layers=(1, 1, 1, 1),
+        width=4,
+        num_heads=4,
+        batch_norm=batch_norm,
+        batch_norm_group_size=8,
+    )
+    config = small_config(model=small_model(image=image, image_projection="none"))
+    one, one_state = loss_of(config, mesh_of())
+    eight, eight_state = loss_of(config, mesh_of(2, 2, 2))
+    assert eight == pytest.approx(one, rel=1e-4)
+    assert any(leaf.any() for leaf in jax.tree.leaves(one_state["image"]["stem"]))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), one_state, eight_state
+    )
+
+
+def equal(a, b):
+    return jax.tree.all(jax.tree.map(lambda x, y: bool(np.array_equal(x, y)), a, b))

@@ -1,0 +1,112 @@
+"""Weights that a run starts from: those of other runs and of imported checkpoints."""
+
+import contextlib
+from typing import Any
+
+import jax
+from numpy.typing import NDArray
+
+from clip_jax.checkpoint import CheckpointStore, Workdir
+from clip_jax.config import ExperimentConfig, ModelConfig, StartConfig, UserError
+from clip_jax.models import resample_position_embedding
+from clip_jax.training.state import TrainState
+
+NdArray = NDArray[Any]
+
+
+def starting_arrays(config: ExperimentConfig, abstract: TrainState) -> dict[str, NdArray]:
+    """What `config.start` names, by path below `params` and `model_state`, on the host.
+
+    Position embeddings of images are resampled to the run's resolution, those of texts cut to its
+    context length. Raises UserError where a checkpoint is missing or does not fit the model.
+    """
+    arrays: dict[str, NdArray] = {}
+    wanted = _by_path(abstract.params) | _by_path(abstract.model_state)
+    for part in ("model", "image", "text"):  # a single tower takes the place of the model's
+        folder = getattr(config.start, part)
+        if folder is not None:
+            arrays |= _arrays_of(folder, part, config.model, wanted)
+    return arrays
+
+
+def with_arrays(state: TrainState, arrays: dict[str, NdArray]) -> TrainState:
+    """`state` with its parameters and model state replaced where `arrays` has them."""
+
+    def place(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        array = arrays.get(_spell(path))
+        if array is None:
+            return leaf
+        # Each device takes its own part: no device holds a whole array for that.
+        return jax.make_array_from_callback(
+            leaf.shape, leaf.sharding, lambda index: array[index].astype(leaf.dtype)
+        )
+
+    replaced = {
+        name: jax.tree_util.tree_map_with_path(place, getattr(state, name))
+        for name in ("params", "model_state", "ema")
+    }
+    return state._replace(**replaced)
+
+
+def describe(start: StartConfig) -> str:
+    """`model from runs/a, image from runs/b`, or nothing."""
+    named = {part: getattr(start, part) for part in ("model", "image", "text")}
+    return ", ".join(f"{part} from {folder}" for part, folder in named.items() if folder)
+
+
+def _arrays_of(
+    folder: str, part: str, model: ModelConfig, wanted: dict[str, Any]
+) -> dict[str, NdArray]:
+    workdir = Workdir(folder)
+    saved = workdir.load_config().model
+    with contextlib.closing(CheckpointStore(workdir.checkpoints)) as store:
+        groups = store.load(("params", "model_state"))
+    found = _by_path(groups["params"]) | _by_path(groups["model_state"])
+    if part != "model":
+        wanted = {path: leaf for path, leaf in wanted.items() if path.startswith(f"{part}/")}
+        found = {path: array for path, array in found.items() if path.startswith(f"{part}/")}
+        if not found:
+            raise UserError(f"config.start.{part} {folder} holds no {part} tower")
+    for path, leaf in wanted.items():
+        if path not in found:
+            raise UserError(f"config.start.{part} {folder} has no {path}, which the model needs")
+        array = _fitted(path, found[path], leaf.shape, saved, model)
+        if array.shape != leaf.shape:
+            raise UserError(
+                f"config.start.{part} {folder} has {path} with shape {array.shape}, but the model "
+                f"needs {leaf.shape}"
+            )
+        found[path] = array
+    if surplus := [path for path in found if path not in wanted]:
+        raise UserError(
+            f"config.start.{part} {folder} has {surplus[0]}, which the model has no place for"
+        )
+    return found
+
+
+def _fitted(
+    path: str, array: NdArray, shape: tuple[int, ...], saved: ModelConfig, model: ModelConfig
+) -> NdArray:
+    """Position embeddings for another resolution or a shorter context."""
+    if path == "text/position_embedding" and array.shape[0] > shape[0]:
+        return array[: shape[0]]
+    if path not in ("image/position_embedding", "image/pooling/position_embedding"):
+        return array
+    if array.shape == shape or array.shape[1:] != shape[1:]:
+        return array
+    old, new = (side.image_size // side.patch_size for side in (saved.image, model.image))
+    num_prefix = shape[0] - new * new
+    if array.shape[0] - old * old != num_prefix:
+        return array  # another number of class tokens: the caller names the shapes
+    resampled: NdArray = resample_position_embedding(
+        array, (old, old), (new, new), num_prefix=num_prefix
+    )
+    return resampled
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    return {_spell(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _spell(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
