@@ -1,15 +1,15 @@
-"""`clip-jax COMMAND`: flags in, one call out. Heavy imports wait until the command is known."""
+"""`clip-jax COMMAND`: the flags of each command; `commands.py` has what they do."""
 
 import argparse
 import itertools
-import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
+from clip_jax import commands
 from clip_jax.config.errors import UserError
 
 _CONFIG_HELP = "recipe with get_config(), or the config.json of a workdir"
+_FORMATS = ("open_clip", "huggingface", "big_vision")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         for before, this in itertools.pairwise(["", *overrides]):
-            if not this.startswith("--config."):
+            if not (arguments.takes_config and this.startswith("--config.")):
                 split = before.startswith("--config.") and "=" not in before
                 hint = f"write {before}={this}" if split else f"see clip-jax {arguments.command} -h"
                 raise UserError(f"unknown argument {this!r}; {hint}")
@@ -39,14 +39,26 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="clip-jax", description="Contrastive image-text pretraining."
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    def add(name: str, run: Callable[..., int], text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        command.set_defaults(run=run)
+    def add(
+        name: str, run: Callable[..., int], text: str, *, takes_config: bool = False
+    ) -> argparse.ArgumentParser:
+        command = subparsers.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.set_defaults(run=run, takes_config=takes_config)
+        if takes_config:
+            command.epilog = (
+                "Any field, joined with '=': --config.seed=3; --config.loss.tile_size=None unsets "
+                "one"
+            )
         return command
 
-    train = add("train", _train, "Train a recipe; an existing workdir is resumed.")
+    train = add(
+        "train",
+        commands.train,
+        "Train a recipe; resumes a workdir that is there.",
+        takes_config=True,
+    )
     train.add_argument("--config", required=True, help=_CONFIG_HELP)
     train.add_argument("--workdir", required=True, help="folder of the run")
     train.add_argument(
@@ -55,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         help="resume although fields that change the result differ",
     )
 
-    evaluate = add("eval", _eval, "Score a run's checkpoint and write its report.")
+    text = "Score a run's checkpoint and write its report."
+    evaluate = add("eval", commands.evaluate, text, takes_config=True)
     evaluate.add_argument("--workdir", required=True, help="folder of the run")
     evaluate.add_argument("--step", type=int, help="which checkpoint (default: the latest)")
 
@@ -67,83 +80,43 @@ def _parser() -> argparse.ArgumentParser:
             "--distributed", action="store_true", help="several processes that JAX finds by itself"
         )
 
-    show = add("config", _config, "Print the resolved config of a recipe as JSON.")
+    text = "Print the resolved config of a recipe as JSON."
+    show = add("config", commands.show_config, text, takes_config=True)
     show.add_argument("--config", required=True, help=_CONFIG_HELP)
-    for command in (train, evaluate, show):
-        command.epilog = (
-            "Any field, joined with '=': --config.seed=3; --config.loss.tile_size=None unsets one"
-        )
-    return parser
 
+    models = add("models", commands.list_models, "List the named models and what they cost.")
+    models.add_argument("containing", nargs="?", default="", help="part of a name or family")
 
-def _config(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from clip_jax.config import to_json
-    from clip_jax.config.load import load_config
+    text = "Make a workdir of another library's checkpoint."
+    import_ = add("import", commands.import_checkpoint, text)
+    import_.add_argument(
+        "--from", dest="source", required=True, help="its folder, or file of weights"
+    )
+    import_.add_argument("--format", required=True, choices=_FORMATS)
+    import_.add_argument("--output", required=True, help="new folder, for --config.start.model")
 
-    print(to_json(load_config([f"--config={arguments.config}", *overrides])), end="")
-    return 0
-
-
-def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from clip_jax.config.load import load_config
-
-    config = load_config([f"--config={arguments.config}", *overrides])
-    from clip_jax.checkpoint import Workdir
-    from clip_jax.data.sources import cache_dir
-    from clip_jax.training.loop import train
-
-    _start(arguments, cache_dir(config.data))
-    workdir = Workdir(arguments.workdir)
-    outcome = train(config, workdir, allow_config_change=arguments.allow_config_change)
-    if not outcome.finished:
-        return 130
-    _print_result(outcome.scores, workdir.report)
-    return 0
-
-
-def _eval(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from clip_jax.checkpoint import Workdir
-    from clip_jax.config.load import load_config
-
-    workdir = Workdir(arguments.workdir)
-    workdir.load_config()
-    config = load_config([f"--config={workdir.config}", *overrides])
-    from clip_jax.data.sources import cache_dir
-    from clip_jax.training.evaluate_run import evaluate_run
-
-    _start(arguments, cache_dir(config.data))
-    _print_result(*evaluate_run(config, workdir, step=arguments.step))
-    return 0
-
-
-def _start(arguments: argparse.Namespace, cache: Path) -> None:
-    import jax
-
-    from clip_jax.parallel import start_processes
-
-    # A second start of the same program compiles nothing. $JAX_COMPILATION_CACHE_DIR wins.
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
-    start_processes(
-        arguments.coordinator,
-        arguments.num_processes,
-        arguments.process_id,
-        distributed=arguments.distributed,
+    export = add("export", commands.export_checkpoint, "Write a checkpoint for another library.")
+    export.add_argument("--workdir", help="folder of a run or import")
+    export.add_argument("--checkpoint", help="or one checkpoint: WORKDIR/checkpoints/STEP")
+    export.add_argument("--step", type=int, help="with --workdir (default: the latest)")
+    export.add_argument("--format", required=True, choices=(*_FORMATS, "onnx"))
+    export.add_argument("--output", required=True, help="new folder")
+    export.add_argument("--ema", action="store_true", help="the moving average of the weights")
+    export.add_argument(
+        "--drop_framing", action="store_true", help="though images must then be cut out beforehand"
     )
 
-
-def _print_result(scores: dict[str, float], report: Path) -> None:
-    """On the first process: the others would say it again."""
-    import jax
-
-    if jax.process_index() != 0:
-        return
-    for name, value in scores.items():
-        chance = scores.get(f"{name}/chance")
-        if chance is not None:
-            print(f"{name:55} {value:7.2%}   chance {chance:.2%}")
-    if report.exists():
-        print(f"report: {report}")
+    tokenizer = add("tokenizer", commands.train_tokenizer, "Train a tokenizer on captions.")
+    tokenizer.add_argument("action", choices=("train",))
+    tokenizer.add_argument("--data", required=True, help="tar files, as in data.sources.X.path")
+    tokenizer.add_argument(
+        "--data_kind", default="webdataset", choices=("webdataset", "quickstart")
+    )
+    tokenizer.add_argument("--kind", default="bpe", choices=("bpe", "wordpiece"))
+    tokenizer.add_argument("--vocab_size", type=int, default=32_000)
+    tokenizer.add_argument("--keep_case", action="store_true", help="no lower-casing")
+    tokenizer.add_argument("--output", required=True, help="the tokenizer.json to write")
+    return parser
 
 
 if __name__ == "__main__":

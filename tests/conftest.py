@@ -1,16 +1,30 @@
 """Eight simulated devices and caches that the next run finds again."""
 
+import importlib.util
 import os
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+from peers import define_missing_operators
 
 _CACHE = Path(__file__).parents[1] / ".cache"
 
+# By the environment: processes that tests start find it too.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "xla-tests"))
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_compilation_cache_dir", str(_CACHE / "xla-tests"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 # The emoji set is built once for all tests and kept for the next run.
 os.environ.setdefault("CLIP_JAX_CACHE", str(_CACHE / "clip_jax"))
+
+# transformers imports torchvision where it is installed, whichever test comes first.
+if importlib.util.find_spec("torchvision") is not None:
+    import torch
+
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # theirs, not ours
+        define_missing_operators(torch)

@@ -25,7 +25,8 @@ def get_config():
             text=TextTowerConfig(
                 vocab_size=300, eot_id=2, context_length=8, width=32, depth=1, num_heads=2),
             embed_dim=16),
-        data=DataConfig(sources={"pairs": SourceConfig(path="{tar}")}, cache_dir="{cache}"),
+        data=DataConfig(sources={"pairs": SourceConfig(path="{tar}")}, cache_dir="{cache}",
+            tokenizer=TokenizerConfig(kind="bpe")),
         schedule=ScheduleConfig(warmup_steps=1),
         evaluation=EvaluationConfig(
             sets={"pairs": EvalSetConfig(path="{tar}", zero_shot_ways=10)}, batch_size=16),
