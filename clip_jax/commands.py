@@ -39,7 +39,7 @@ def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     workdir = Workdir(arguments.workdir)
     workdir.load_config()
-    config = load_config([f"--config={workdir.config}", *overrides])
+    config = load_config([f"--config={workdir.config}", *overrides], trains=False)
     from clip_jax.data.sources import cache_dir
     from clip_jax.training.evaluate_run import evaluate_run
 

@@ -65,6 +65,18 @@ def test_a_fine_tune_starts_from_the_checkpoint_with_its_tokenizer(folder):
     assert 0 < float(abs(after - before).max()) < 0.01
 
 
+def test_an_import_is_scored_on_sets_of_the_command_line(folder, capsys):
+    assert main(["eval", f"--workdir={folder}/imported"]) == 2
+    assert "--config.evaluation.sets.mine.path=" in capsys.readouterr().err
+    arguments = [
+        f"--config.evaluation.sets.mine.path={folder}/pairs.tar",
+        "--config.evaluation.batch_size=16",
+        f"--config.data.cache_dir={folder}/cache",
+    ]
+    assert main(["eval", f"--workdir={folder}/imported", *arguments]) == 0
+    assert "eval/mine/text_to_image_R@1" in capsys.readouterr().out
+
+
 def test_the_untouched_import_exports_the_bytes_it_came_with(folder, capsys):
     arguments = [f"--workdir={folder}/imported", f"--output={folder}/again"]
     assert main(["export", "--format=huggingface", *arguments]) == 0

@@ -16,23 +16,29 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 from clip_jax.config import schema
 from clip_jax.config.convert import from_config_dict, load_json, to_config_dict, unknown_key
 from clip_jax.config.errors import ConfigError, UserError
-from clip_jax.config.schema import ExperimentConfig
+from clip_jax.config.schema import EvalSetConfig, ExperimentConfig, SourceConfig
 from clip_jax.config.start import apply_start
 from clip_jax.config.validation import validate
 
+# Overrides that may name an entry for the first time: by its path, which every entry needs.
+_NEW_ENTRY = re.compile(r"--config\.(data\.sources|evaluation\.sets)\.(\w+)\.path=")
+_ENTRIES = {"data.sources": SourceConfig, "evaluation.sets": EvalSetConfig}
 
-def load_config(arguments: Sequence[str]) -> ExperimentConfig:
+
+def load_config(arguments: Sequence[str], *, trains: bool = True) -> ExperimentConfig:
     """The config that `--config=...` and `--config.key=value` arguments describe, validated.
 
     `--config` names a recipe (a .py file with `get_config()`, or `file.py:argument` for
     `get_config(argument)`) or the `config.json` of a workdir. The value None unsets a field that
-    may be left out. Raises ConfigError in one line for what does not fit.
+    may be left out; the path of a source or evaluation set may name a new one. trains: False where
+    nothing is trained, so that there need be no source. Raises ConfigError in one line for what
+    does not fit.
     """
     path = next((a.split("=", 1)[1] for a in arguments if a.startswith("--config=")), None)
     if path is None:
         raise ConfigError("--config=RECIPE.py is missing, as in --config=configs/quickstart.py")
     overrides = [a for a in arguments if not a.startswith("--config=")]
-    base = _base(path)
+    base = _with_new_entries(_base(path), overrides)
     for override in overrides:
         _check_key(override, base)
     # A saved config.json has been through this; what it says of its model is final.
@@ -56,7 +62,19 @@ def load_config(arguments: Sequence[str]) -> ExperimentConfig:
         raise ConfigError(str(error).splitlines()[0].replace("flag --", "")) from None
     if len(rest) > 1:
         raise ConfigError(f"unexpected argument {rest[1]!r}; settings are --config.key=value")
-    return validate(config)
+    return validate(config, trains=trains)
+
+
+def _with_new_entries(base: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """`base` with the sources and sets that overrides name and it does not have, at defaults."""
+    new = [match.groups() for override in overrides if (match := _NEW_ENTRY.match(override))]
+    if new:
+        base = to_config_dict(from_config_dict(base))  # all groups are there, and its own
+    for group, name in new:
+        entries = base.data.sources if group == "data.sources" else base.evaluation.sets
+        if name not in entries:
+            entries[name] = to_config_dict(_ENTRIES[group]())
+    return base
 
 
 def _check_key(override: str, base: ConfigDict) -> None:

@@ -67,8 +67,11 @@ _BPE_EOT_ID = 2
 _BPE_MIN_VOCAB_SIZE = 256 + 3
 
 
-def validate(config: ExperimentConfig) -> ExperimentConfig:
-    """Checks all that does not depend on the devices. Returns `config`; raises ConfigError."""
+def validate(config: ExperimentConfig, *, trains: bool = True) -> ExperimentConfig:
+    """Checks all that does not depend on the devices. Returns `config`; raises ConfigError.
+
+    trains: False where nothing is trained, so that there need be no source.
+    """
     flat = flatten(config)
     for key, value in flat.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -80,6 +83,8 @@ def validate(config: ExperimentConfig) -> ExperimentConfig:
     _check_range(flat, ("seed",), lambda v: v < 2**63, "below 2**63")
     check_model(config.model)
     _check_loss(config)
+    if trains and not config.data.sources:
+        raise ConfigError("config.data.sources is empty; add at least one source of pairs")
     _check_data(config)
     _check_steps(config)
     if sum(size == -1 for size in config.mesh) > 1 or any(s < 1 and s != -1 for s in config.mesh):
@@ -169,8 +174,6 @@ def _check_loss(config: ExperimentConfig) -> None:
 
 
 def _check_data(config: ExperimentConfig) -> None:
-    if not config.data.sources:
-        raise ConfigError("config.data.sources is empty; add at least one source of pairs")
     for name, source in config.data.sources.items():
         if not source.path:
             raise ConfigError(f"config.data.sources.{name}.path is empty")

@@ -67,6 +67,8 @@ def _check_text(text: TextTowerConfig) -> None:
 
 
 def _check_image(image: ImageTowerConfig) -> None:
+    if any(s <= 0 for s in image.std):
+        raise ConfigError(f"config.model.image.std must be positive, got {image.std}")
     if image.kind == "resnet":
         _check_resnet(image)
         return
@@ -113,8 +115,6 @@ def _check_image(image: ImageTowerConfig) -> None:
         raise ConfigError(
             f"config.model.image.stem_widths {image.stem_widths} needs config.model.image.stem=conv"
         )
-    if any(s <= 0 for s in image.std):
-        raise ConfigError(f"config.model.image.std must be positive, got {image.std}")
 
 
 def _check_resnet(image: ImageTowerConfig) -> None:

@@ -6,6 +6,7 @@ config.json, model.safetensors, tokenizer and preprocessor files, as transformer
 of class SiglipModel; Siglip2Model is NaFlex.
 """
 
+import logging
 from pathlib import Path
 
 from clip_jax.config import UserError
@@ -23,6 +24,8 @@ from clip_jax.interop.tensors import write_safetensors
 from clip_jax.interop.weights import PARTS, Weights, model_shapes
 
 __all__ = ["peer_embeddings", "read", "read_tokenizer", "write"]
+
+_log = logging.getLogger(__name__)
 
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "vocab.txt", "vocab.json")
 # Indices that older versions saved with the weights: they hold no numbers of their own.
@@ -69,6 +72,11 @@ def write(weights: Weights, directory: Path) -> None:
     if family.vision.has_head:
         tensors = join_in_proj(tensors, prefix, model.image.width)
     if tokenizer is not None:
+        if tokenizer.rules.clean in ("whitespace", "canonicalize"):
+            _log.warning(
+                "transformers does not mend broken Unicode and HTML entities in captions, as this "
+                "tokenizer does: such captions get other tokens there"
+            )
         write_tokenizer(tokenizer, model.text, directory, family)
     write_json(directory / "preprocessor_config.json", preprocessing)
     write_json(directory / "config.json", config)

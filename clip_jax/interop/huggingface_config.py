@@ -109,9 +109,9 @@ def model_config(
     family: Family, model: ModelConfig, tokenizer: Tokenizer | None, arrays: dict[str, NdArray]
 ) -> dict[str, Any]:
     target = f"transformers' {family.architecture}"
-    require(model, family.projections, where="model", target=target)
     require(model.image, family.vision.shape, where="model.image", target=target)
     require(model.text, family.text_shape, where="model.text", target=target)
+    require(model, family.projections, where="model", target=target)
     if (model.logit_bias_init is None) == family.has_bias:
         has = "a" if family.has_bias else "no"
         raise UserError(

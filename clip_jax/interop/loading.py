@@ -28,7 +28,8 @@ def load(
     path: the workdir of a run or import, one of its checkpoints, or the folder (or file) of
     open_clip, Hugging Face or big_vision. step and ema: for a workdir, which checkpoint, and the
     moving average of its weights. precision: of the towers' arithmetic, 'float32' or 'bfloat16';
-    parameters are float32. The tokenizer's rows have the model's context length.
+    parameters are float32. The tokenizer's rows have the model's context length,
+    of a BERT the tokenizer's own where that is shorter.
 
     Raises UserError in one line for what cannot be loaded; a single tower is none of it: start a
     run from it with `config.start`.
@@ -48,7 +49,10 @@ def load(
     nnx.replace_by_pure_dict(state, unflatten(arrays))
     tokenizer = weights.tokenizer
     if tokenizer is not None:
-        tokenizer = tokenizer.with_rules(context_length=weights.model.text.context_length)
+        length = weights.model.text.context_length
+        if weights.model.text.kind == "bert":  # open_clip fills fewer of its positions
+            length = min(length, tokenizer.rules.context_length or length)
+        tokenizer = tokenizer.with_rules(context_length=length)
     framing = weights.extras.get("framing", "crop")
     return nnx.merge(graphdef, state), Preprocess(weights.model.image, framing), tokenizer
 

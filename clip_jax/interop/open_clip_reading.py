@@ -40,6 +40,8 @@ BERT_POOLERS: dict[
     "mean_pooler": ("mean", False),
 }
 BERT_PROJECTIONS: dict[str | None, Projection] = {"linear": "linear", "mlp": "mlp", None: "none"}
+# SigLIP sets the scale no limit, and 117 is usual; training in open_clip cuts it to 100.
+_SIGMOID_SCALE_MAX = 1000.0
 RESNET_CHANNELS = 32  # of the last stage, per channel of the first
 
 
@@ -69,6 +71,7 @@ def read_config(
         image_projection=image_projection,
         text_projection=text_projection,
         logit_scale_init=ModelConfig.logit_scale_init if scale is None else _exponential(scale),
+        logit_scale_max=ModelConfig.logit_scale_max if bias is None else _SIGMOID_SCALE_MAX,
         logit_bias_init=None if bias is None else float(bias),
     )
     return read_own(model, content.get(OWN_GROUP))

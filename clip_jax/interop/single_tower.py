@@ -88,9 +88,10 @@ def read(path: Path) -> Weights:
 
 def write(weights: Weights, directory: Path) -> None:
     """Raises UserError: single towers are not written."""
+    del directory
     raise UserError(
-        f"{directory}: these weights are of the {weights.parts[0]} tower alone, and single towers "
-        "are not exported; train them in a model of two towers"
+        f"these weights are of the {weights.parts[0]} tower alone, and single towers are not "
+        "exported; train them in a model of two towers"
     )
 
 

@@ -6,6 +6,7 @@ Layers, which we stack on a leading axis, are spelled `{layer}` in foreign names
 """
 
 import dataclasses
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clip_jax.config import UserError
+
+_log = logging.getLogger(__name__)
 
 NdArray = NDArray[np.generic]
 Shape = tuple[int, ...]
@@ -139,7 +142,7 @@ def read_table(
     *,
     ignored: Iterable[str] = (),
 ) -> dict[str, NdArray]:
-    """Our arrays by path, in the dtypes that the tensors have.
+    """Our arrays by path, in the dtypes that the tensors have (of several, the widest).
 
     shapes: of all our arrays. ignored: patterns (full match) of foreign names that hold no weights,
     as buffers. Raises UserError that names the first tensor that is missing, of another shape, not
@@ -153,13 +156,14 @@ def read_table(
         shape = shapes[row.ours]
         part = shape[1:] if row.stacked else shape
         expected = [tensor.shape for tensor in row.write(_nothing(part))]
-        layers = []
+        found = []
         for layer in range(shape[0] if row.stacked else 1):
             taken = []
             for name, theirs in zip(row.names(layer), expected, strict=True):
                 taken.append(_checked(name, tensors, theirs))
                 used.add(name)
-            layers.append(row.read(taken).reshape(part))
+            found.append(taken)
+        layers = [row.read(taken).reshape(part) for taken in _in_one_dtype(row.ours, found)]
         result[row.ours] = np.stack(layers) if row.stacked else layers[0]
     extra = [
         name
@@ -185,20 +189,18 @@ def write_table(rows: Sequence[Row], params: Mapping[str, NdArray]) -> dict[str,
     return tensors
 
 
-def source_dtypes(
-    rows: Sequence[Row], tensors: Mapping[str, NdArray], *, default: str = "float32"
-) -> dict[str, str]:
-    """The dtype that each of our arrays had in the file, where it was not `default`.
-
-    Arrays made of tensors of several dtypes take the widest, which holds all their values.
-    """
-    result = {}
-    for row in rows:
-        found = {tensors[name].dtype for name in row.names(0) if name in tensors}
-        widest = max(found, key=lambda dtype: dtype.itemsize, default=np.dtype(default))
-        if widest.name != default:
-            result[row.ours] = widest.name
-    return result
+def _in_one_dtype(ours: str, taken: list[list[NdArray]]) -> list[list[NdArray]]:
+    """The tensors of one array of ours: the widest type holds all values, as an array has one."""
+    dtypes = {tensor.dtype for layer in taken for tensor in layer}
+    if len(dtypes) == 1:
+        return taken
+    # float32 for float16 beside bfloat16, too: neither holds the other.
+    widest = np.float64 if np.dtype(np.float64) in dtypes else np.float32
+    spelled = " and ".join(sorted(dtype.name for dtype in dtypes))
+    _log.warning(
+        "tensors of %s are of %s: all become %s, and leave as that", ours, spelled, widest.__name__
+    )
+    return [[tensor.astype(widest) for tensor in layer] for layer in taken]
 
 
 def _checked(name: str, tensors: Mapping[str, NdArray], shape: Shape) -> NdArray:

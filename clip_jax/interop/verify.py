@@ -176,7 +176,9 @@ def check_peer(
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise UserError(f"{library} cannot run it: {reason}") from error
     if theirs is None:
-        remedy = "is no package" if library == "big_vision" else "is not installed (extra: verify)"
+        remedy = (
+            "is no package" if library == "big_vision" else "cannot be imported (extra: verify)"
+        )
         return [f"self-check only: {library} {remedy}"], {}
     ours = embed(weights, own_inputs(weights, images, texts))
     lines, differences = [], {}

@@ -27,7 +27,10 @@ def evaluate_run(
     read.
     """
     if not config.evaluation.sets:
-        raise UserError("config.evaluation.sets is empty; add a set to score")
+        raise UserError(
+            "config.evaluation.sets is empty; add a set to score, as in "
+            "--config.evaluation.sets.mine.path=pairs.tar"
+        )
     mesh = make_mesh(config)
     task = ContrastiveTask(config, mesh)
     tokenizer = Tokenizer.load(workdir.tokenizer)

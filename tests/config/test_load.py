@@ -2,7 +2,7 @@ import textwrap
 
 import pytest
 
-from clip_jax.config import ConfigError
+from clip_jax.config import ConfigError, EvalSetConfig
 from clip_jax.config.load import load_config
 
 
@@ -42,6 +42,32 @@ def test_overrides_reach_every_level(recipe):
     assert (config.seed, config.mesh, config.model.image.stem_widths) == (3, (2, 1, 1), (8, 16))
     assert config.data.sources["pairs"].weight == 2.5
     assert config.optimizer.clip_global_norm == 0.5
+
+
+def test_a_path_names_a_new_set(recipe):
+    config = load_config(
+        [
+            f"--config={recipe}",
+            "--config.evaluation.sets.mine.zero_shot_ways=0",
+            "--config.evaluation.sets.mine.path=mine.tar",
+            "--config.data.sources.more.path=more.tar",
+            "--config.data.sources.pairs.path=other.tar",
+        ]
+    )
+    assert config.evaluation.sets == {"mine": EvalSetConfig(path="mine.tar", zero_shot_ways=0)}
+    assert {name: s.path for name, s in config.data.sources.items()} == {
+        "pairs": "other.tar",
+        "more": "more.tar",
+    }
+    with pytest.raises(ConfigError, match=r"unknown config key config\.evaluation\.sets\.mine"):
+        load_config([f"--config={recipe}", "--config.evaluation.sets.mine.zero_shot_ways=0"])
+
+
+def test_scoring_needs_no_source(recipe):
+    recipe.write_text(recipe.read_text().replace('{"pairs": SourceConfig(path="x.tar")}', "{}"))
+    assert not load_config([f"--config={recipe}"], trains=False).data.sources
+    with pytest.raises(ConfigError, match=r"config\.data\.sources is empty"):
+        load_config([f"--config={recipe}"])
 
 
 @pytest.mark.parametrize(

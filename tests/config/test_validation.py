@@ -85,6 +85,10 @@ def test_the_small_config_is_valid():
             },
             "label_smoothing 0.1 has no meaning for kind 'sigmoid'",
         ),
+        (
+            {"model__image__kind": "resnet", "model__image__std": (0.5, 0.0, 0.5)},
+            "config.model.image.std must be positive",
+        ),
         ({"loss__beta": -1.0}, "config.loss.beta must be 0 or more"),
         ({"data__augment__hue": -0.1}, "data.augment.hue must be 0 or more"),
         ({"data__sources__pairs__first_caption": 2.0}, "first_caption must be between 0 and 1"),

@@ -14,6 +14,7 @@ from interop import open_clip_models as peer
 from peers import open_clip_or_skip
 from small import mesh_of
 
+from clip_jax import load
 from clip_jax.checkpoint import Workdir
 from clip_jax.config import ExperimentConfig, LossConfig, UserError
 from clip_jax.data.tokenizers import Tokenizer
@@ -299,5 +300,10 @@ def test_a_bert_of_ones_own(open_clip, bert_cfg, tmp_path):
     )
     report = export_weights(weights, "open_clip", tmp_path / "ours")
     assert report.differences.keys() == {"image", "text"}
-    config = json.loads((tmp_path / "ours" / "open_clip_config.json").read_text())
+    file = tmp_path / "ours" / "open_clip_config.json"
+    config = json.loads(file.read_text())
     assert config["model_cfg"]["text_cfg"]["hf_model_name"] == "."
+    config["model_cfg"]["text_cfg"]["context_length"] = 16  # fewer than its positions
+    file.write_text(json.dumps(config))
+    _, _, tokenizer = load(tmp_path / "ours")
+    assert tokenizer(["a cat " * 40]).shape == (1, 16)

@@ -37,6 +37,13 @@ def test_configs_of_open_clip():
         assert odd_image or "hf_model_name" in cfg["text_cfg"] or "multimodal_cfg" in cfg, name
 
 
+def test_a_scale_beyond_100_stays_under_the_sigmoid_loss():
+    cfg = {"embed_dim": 32, "vision_cfg": {}, "text_cfg": {}}
+    for change, highest in (({}, 100.0), ({"init_logit_bias": -10}, 1000.0)):
+        model = read_config({"model_cfg": cfg | change}, Path("nowhere"), None)
+        assert model.logit_scale_max == highest
+
+
 def shape_of(model):
     """All but what only the file of weights says: preprocessing, and the tokenizer's ids."""
     image = dataclasses.replace(

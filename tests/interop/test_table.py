@@ -16,7 +16,6 @@ from clip_jax.interop.table import (
     patch_convolution,
     read_table,
     same,
-    source_dtypes,
     split_projections,
     transposed,
     write_table,
@@ -161,9 +160,15 @@ def test_tables_are_complete():
         write_table(rows, arrays() | more)
 
 
-def test_dtypes_of_the_source():
-    tensors = write_table(ROWS, arrays())
-    assert source_dtypes(ROWS, tensors) == {}
-    tensors["up.weight"] = tensors["up.weight"].astype(np.float16)
+def test_tensors_of_several_dtypes_share_one(caplog):
+    tensors = write_table(ROWS, arrays(dtype=np.float16))
     tensors["blocks.0.q.weight"] = tensors["blocks.0.q.weight"].astype(ml_dtypes.bfloat16)
-    assert source_dtypes(ROWS, tensors) == {"up/kernel": "float16"}  # k and v are wider than q
+    tensors["blocks.1.out.weight"] = tensors["blocks.1.out.weight"].astype(np.float64)
+    read = read_table(ROWS, tensors, SHAPES)
+    assert read["blocks/qkv/kernel"].dtype == np.float32  # no 16 bits hold both
+    assert read["blocks/out/kernel"].dtype == np.float64
+    assert read["up/kernel"].dtype == np.float16
+    assert "blocks/qkv/kernel are of bfloat16 and float16: all become float32" in caplog.text
+    written = write_table(ROWS, read)
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(written[name].astype(np.float64), tensor.astype(np.float64))

@@ -175,7 +175,7 @@ class NoPeer:
 
 def test_without_the_library_it_says_so(written):
     lines, differences = check_peer(small_weights("clip"), written, NoPeer(), library="somewhere")
-    assert lines == ["self-check only: somewhere is not installed (extra: verify)"]
+    assert lines == ["self-check only: somewhere cannot be imported (extra: verify)"]
     assert not differences
 
 
