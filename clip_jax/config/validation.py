@@ -87,6 +87,12 @@ def validate(config: ExperimentConfig, *, trains: bool = True) -> ExperimentConf
         raise ConfigError("config.data.sources is empty; add at least one source of pairs")
     _check_data(config)
     _check_steps(config)
+    for tower in config.start.lock:
+        if config.start.model is None and getattr(config.start, tower) is None:
+            raise ConfigError(
+                f"config.start.lock {config.start.lock} would leave the {tower} tower at random: "
+                f"name its weights with config.start.model or config.start.{tower}"
+            )
     if sum(size == -1 for size in config.mesh) > 1 or any(s < 1 and s != -1 for s in config.mesh):
         raise ConfigError(
             f"config.mesh must be positive sizes of (data, fsdp, tensor) with at most one -1, "

@@ -100,5 +100,14 @@ def test_without_a_tokenizer_the_recipe_names_it(folder):
     assert load(folder, start, *named).data.tokenizer.path == "other.json"
 
 
+def test_a_locked_tower_needs_weights(folder):
+    lock = "--config.start.lock=('image',)"
+    with pytest.raises(ConfigError, match="would leave the image tower at random"):
+        load(folder, lock)
+    with pytest.raises(ConfigError, match="would leave the image tower at random"):
+        load(folder, lock, f"--config.start.text={folder}/imported")
+    assert load(folder, lock, f"--config.start.image={folder}/imported").start.lock == ("image",)
+
+
 def test_to_config_dict_of_a_start_is_complete():
     assert set(to_config_dict(StartConfig())) == {"model", "image", "text", "lock"}
