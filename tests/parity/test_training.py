@@ -121,9 +121,13 @@ def train_there(open_clip, model, config, decays, learning_rates):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    open_clip = open_clip_or_skip()
+    return both_runs(open_clip_or_skip(), tmp_path_factory.mktemp("start"))
+
+
+def both_runs(open_clip, folder):
+    """What `train_here` and `train_there` give from the same start, and the config."""
     model = peer.build(open_clip, MODEL_CFG)
-    directory = peer.save(model, MODEL_CFG, tmp_path_factory.mktemp("start"))
+    directory = peer.save(model, MODEL_CFG, folder)
     weights = open_clip_format.read(directory)
     config = make_config(weights.model)
     # One mask for both: ours, carried over by the table of names. open_clip's own differs in the
