@@ -1,6 +1,7 @@
 """The whole model, and against transformers' CLIPModel with the same random weights."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -228,7 +229,7 @@ def image_inputs(config):
 def test_every_kind_of_tower_meets_in_unit_length(image, text, expected):
     projection = "none" if image.kind == "resnet" else "linear"
     config = small_model(image=image, text=text, image_projection=projection)
-    model = CLIP(config, rngs=nnx.Rngs(0))
+    model = jax.jit(lambda: CLIP(config, rngs=nnx.Rngs(0)))()
     assert (type(model.image).__name__, type(model.text).__name__) == expected
     for embeddings in (
         jax.jit(CLIP.encode_image)(model, image_inputs(image)),
@@ -240,26 +241,30 @@ def test_every_kind_of_tower_meets_in_unit_length(image, text, expected):
         assert not np.allclose(embeddings[0], embeddings[1], atol=1e-3)
 
 
-def test_row_keys_reach_the_image_tower():
+@functools.partial(jax.jit, static_argnames="training")
+def encoded(model, inputs, keys_B, *, training):
+    """Embeddings, and the batch statistics after them."""
+    embeddings = model.encode_image(inputs, row_keys_B=keys_B if training else None)
+    return embeddings, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [dataclasses.replace(small_model().image, patch_dropout=0.5), RESNET],
+    ids=["patch dropout", "resnet"],
+)
+def test_row_keys_reach_the_image_tower(image):
     """Patches are dropped and batch statistics replaced where they are given, and nowhere else."""
     keys = jax.random.split(jax.random.key(0), 2)
-    for image in (
-        dataclasses.replace(small_model().image, patch_dropout=0.5),
-        dataclasses.replace(NAFLEX, patch_dropout=0.5),
-        RESNET,
-    ):
-        model = CLIP(small_model(image=image), rngs=nnx.Rngs(0))
-        before = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-        inputs = image_inputs(image)
-        evaluated = model.encode_image(inputs)
-        unchanged = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-        jax.tree.map(np.testing.assert_array_equal, before, unchanged)
-        trained = model.encode_image(inputs, row_keys_B=keys)
-        assert not np.allclose(trained, evaluated, atol=1e-3)
-        if image.kind == "resnet":
-            after = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-            changed = jax.tree.map(lambda a, b: bool((a != b).any()), before, after)
-            assert all(jax.tree.leaves(changed))
+    model = jax.jit(lambda: CLIP(small_model(image=image), rngs=nnx.Rngs(0)))()
+    before = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+    evaluated, unchanged = encoded(model, image_inputs(image), keys, training=False)
+    jax.tree.map(np.testing.assert_array_equal, before, unchanged)
+    trained, after = encoded(model, image_inputs(image), keys, training=True)
+    assert not np.allclose(trained, evaluated, atol=1e-3)
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), before, after)
+    assert all(jax.tree.leaves(changed))
+    assert bool(changed) == (image.kind == "resnet")
 
 
 def test_projections():

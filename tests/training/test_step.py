@@ -1,6 +1,7 @@
 """The train step on one device and on eight."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -17,8 +18,9 @@ from clip_jax.training.step import make_train_step
 NUM_STEPS = 10
 
 
-def run(mesh):
-    config = small_config()
+@functools.cache
+def run(*sizes):
+    config, mesh = small_config(), mesh_of(*sizes)
     task, optimizer = ContrastiveTask(config, mesh), make_optimizer(config)
     abstract = abstract_state(task, optimizer, mesh)
     state = init_state(task, optimizer, abstract, seed=0)
@@ -34,12 +36,12 @@ def run(mesh):
 
 @pytest.fixture(scope="module")
 def one_device():
-    return run(mesh_of())
+    return run()
 
 
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 def test_eight_devices_give_the_losses_of_one(one_device, mesh):
-    losses, _, step, _, _ = run(mesh_of(*mesh))
+    losses, _, step, _, _ = run(*mesh)
     np.testing.assert_allclose(losses, one_device[0], rtol=1e-5)
     assert step._cache_size() == 1
 
@@ -53,7 +55,7 @@ def test_it_learns_and_compiles_once(one_device):
 
 
 def test_state_stays_where_the_table_puts_it():
-    _, state, _, _, abstract = run(mesh_of(1, 4, 2))
+    _, state, _, _, abstract = run(2, 2, 2)
     for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
         assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
 
