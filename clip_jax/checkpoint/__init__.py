@@ -1,6 +1,6 @@
 """A run on disk: its workdir and its checkpoints."""
 
-from clip_jax.checkpoint.store import SKIP, CheckpointStore
+from clip_jax.checkpoint.store import SKIP, CheckpointStore, leaves_by_path
 from clip_jax.checkpoint.workdir import (
     Workdir,
     drop_metrics_after,
@@ -13,6 +13,7 @@ __all__ = [
     "CheckpointStore",
     "Workdir",
     "drop_metrics_after",
+    "leaves_by_path",
     "read_metrics",
     "write_atomically",
 ]

@@ -152,7 +152,7 @@ def _is_skipped(group: Any) -> bool:
 
 def _misfit(stored: Any, wanted: Any) -> str | None:
     """The first array of `wanted` that `stored` lacks, has in another shape, or has too many."""
-    have, want = _by_path(stored), _by_path(wanted)
+    have, want = leaves_by_path(stored), leaves_by_path(wanted)
     for path, leaf in want.items():
         if path not in have:
             return f"it has no {path}"
@@ -162,6 +162,7 @@ def _misfit(stored: Any, wanted: Any) -> str | None:
     return f"it has {surplus[0]}, which this model has not" if surplus else None
 
 
-def _by_path(tree: Any) -> dict[str, Any]:
+def leaves_by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by path, as 'params/image/blocks/mlp/up/kernel'."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

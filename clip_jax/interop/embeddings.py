@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
@@ -15,7 +14,7 @@ from PIL import Image
 
 from clip_jax.data.preprocess import Preprocess
 from clip_jax.interop.table import NdArray
-from clip_jax.interop.weights import PARTS, Weights, is_statistic, unflatten
+from clip_jax.interop.weights import PARTS, Weights, with_arrays
 from clip_jax.models import CLIP, unit_length
 
 Inputs = Mapping[str, Any]
@@ -37,14 +36,13 @@ def embed(weights: Weights, inputs: Inputs) -> dict[str, NDArray[np.float32]]:
         tower = abstract if weights.parts == PARTS else getattr(abstract, part)
         prefix = "" if weights.parts == PARTS else f"{part}/"
         arrays = {
-            path.removeprefix(prefix): jnp.asarray(array, jnp.float32)
+            path.removeprefix(prefix): array
             for path, array in weights.arrays.items()
             if path.startswith(prefix)
         }
-        graphdef, *states = nnx.split(tower, nnx.Param, nnx.BatchStat)
-        run = jax.jit(_encode, static_argnums=(0, 1))
+        run = jax.jit(_encode, static_argnames="part")
         with jax.default_matmul_precision("highest"):
-            rows = run(part, _Static(graphdef), _filled(states, arrays), dict(inputs))
+            rows = run(with_arrays(tower, arrays), dict(inputs), part=part)
         result[part] = np.asarray(rows)
     return result
 
@@ -55,9 +53,7 @@ def own_inputs(
     """Images and texts through our preprocessing and tokenizer, as far as there are towers."""
     inputs: dict[str, NdArray] = {}
     if "image" in weights.parts and images:
-        preprocess = Preprocess(weights.model.image)
-        rows = [preprocess(image) for image in images]
-        inputs |= {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        inputs |= Preprocess(weights.model.image)(images)
     if "text" in weights.parts and weights.tokenizer is not None and texts:
         lengths = (weights.model.text.context_length, weights.tokenizer.rules.context_length)
         # A tower may have more positions than its library fills: BERT's 512 in open_clip.
@@ -65,35 +61,14 @@ def own_inputs(
     return inputs
 
 
-class _Static:
-    """A graph of modules as a static argument: each is itself alone."""
-
-    def __init__(self, graphdef: Any) -> None:
-        self.graphdef = graphdef
-
-
-def _encode(part: str, graph: _Static, states: list[Any], inputs: Inputs) -> jax.Array:
-    model = nnx.merge(graph.graphdef, *states)
+def _encode(model: nnx.Module, inputs: Inputs, *, part: str) -> jax.Array:
     if isinstance(model, CLIP):
         return model.encode_image(inputs) if part == "image" else model.encode_text(inputs)
+    tower: Any = model
     if part == "text":
-        pooled_BD, _ = model(inputs["tokens"])
+        pooled_BD, _ = tower(inputs["tokens"])
     elif "patches" in inputs:
-        pooled_BD, _ = model(inputs["patches"], inputs["patch_mask"], inputs["spatial_shapes"])
+        pooled_BD, _ = tower(inputs["patches"], inputs["patch_mask"], inputs["spatial_shapes"])
     else:
-        pooled_BD, _ = model(inputs["image"])
+        pooled_BD, _ = tower(inputs["image"])
     return unit_length(pooled_BD)
-
-
-def _filled(states: list[Any], arrays: Mapping[str, jax.Array]) -> list[Any]:
-    """The abstract parameters and statistics with `arrays` in them."""
-    groups = (
-        {path: array for path, array in arrays.items() if not is_statistic(path)},
-        {path: array for path, array in arrays.items() if is_statistic(path)},
-    )
-    filled = []
-    for state, group in zip(states, groups, strict=True):
-        state = jax.tree.map(lambda leaf: leaf, state)
-        nnx.replace_by_pure_dict(state, unflatten(group))
-        filled.append(state)
-    return filled

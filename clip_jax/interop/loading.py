@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from clip_jax.checkpoint import Workdir
@@ -16,7 +15,7 @@ from clip_jax.interop.transfer import (
     weights_of_checkpoint,
     weights_of_workdir,
 )
-from clip_jax.interop.weights import PARTS, Weights, unflatten
+from clip_jax.interop.weights import PARTS, Weights, with_arrays
 from clip_jax.models import CLIP, Execution
 
 
@@ -28,8 +27,8 @@ def load(
     path: the workdir of a run or import, one of its checkpoints, or the folder (or file) of
     open_clip, Hugging Face or big_vision. step and ema: for a workdir, which checkpoint, and the
     moving average of its weights. precision: of the towers' arithmetic, 'float32' or 'bfloat16';
-    parameters are float32. The tokenizer's rows have the model's context length,
-    of a BERT the tokenizer's own where that is shorter.
+    parameters are float32. The tokenizer's rows have the model's context length, of a BERT the
+    tokenizer's own where that is shorter.
 
     Raises UserError in one line for what cannot be loaded; a single tower is none of it: start a
     run from it with `config.start`.
@@ -44,9 +43,6 @@ def load(
     abstract = jax.eval_shape(
         lambda key: CLIP(weights.model, execution, rngs=nnx.Rngs(key)), jax.random.key(0)
     )
-    graphdef, state = nnx.split(abstract)
-    arrays = {name: jnp.asarray(array, jnp.float32) for name, array in weights.arrays.items()}
-    nnx.replace_by_pure_dict(state, unflatten(arrays))
     tokenizer = weights.tokenizer
     if tokenizer is not None:
         length = weights.model.text.context_length
@@ -54,7 +50,8 @@ def load(
             length = min(length, tokenizer.rules.context_length or length)
         tokenizer = tokenizer.with_rules(context_length=length)
     framing = weights.extras.get("framing", "crop")
-    return nnx.merge(graphdef, state), Preprocess(weights.model.image, framing), tokenizer
+    model = with_arrays(abstract, weights.arrays)
+    return model, Preprocess(weights.model.image, framing), tokenizer
 
 
 def _weights_at(path: Path, *, step: int | None, ema: bool) -> Weights:

@@ -3,17 +3,20 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from clip_jax.checkpoint import leaves_by_path
 from clip_jax.config import ModelConfig
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.interop.table import NdArray, Shape
 from clip_jax.models import CLIP
 
 PARTS = ("image", "text")
+ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,11 +52,19 @@ def model_shapes(model: ModelConfig, parts: tuple[str, ...] = PARTS) -> dict[str
     return {path: shape for path, shape in shapes.items() if path.startswith(prefixes)}
 
 
+def with_arrays(abstract: ModuleT, arrays: Mapping[str, NdArray]) -> ModuleT:
+    """A module of shapes (`jax.eval_shape`) with `arrays` in it, by path, as float32."""
+    graphdef, state = nnx.split(abstract)
+    filled = {path: jnp.asarray(array, jnp.float32) for path, array in arrays.items()}
+    nnx.replace_by_pure_dict(state, unflatten(filled))
+    module: ModuleT = nnx.merge(graphdef, state)
+    return module
+
+
 def flatten(tree: Any) -> dict[str, Any]:
     """Leaves of nested dicts (or an nnx state) by path, '/' between the names."""
     state = nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return leaves_by_path(state)
 
 
 def unflatten(arrays: Mapping[str, Any]) -> dict[str, Any]:

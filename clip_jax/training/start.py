@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from numpy.typing import NDArray
 
-from clip_jax.checkpoint import CheckpointStore, Workdir
+from clip_jax.checkpoint import CheckpointStore, Workdir, leaves_by_path
 from clip_jax.config import ExperimentConfig, ModelConfig, StartConfig, UserError
 from clip_jax.models import resample_position_embedding
 from clip_jax.training.state import TrainState
@@ -21,7 +21,7 @@ def starting_arrays(config: ExperimentConfig, abstract: TrainState) -> dict[str,
     context length. Raises UserError where a checkpoint is missing or does not fit the model.
     """
     arrays: dict[str, NdArray] = {}
-    wanted = _by_path(abstract.params) | _by_path(abstract.model_state)
+    wanted = leaves_by_path(abstract.params) | leaves_by_path(abstract.model_state)
     for part in ("model", "image", "text"):  # a single tower takes the place of the model's
         folder = getattr(config.start, part)
         if folder is not None:
@@ -33,7 +33,7 @@ def with_arrays(state: TrainState, arrays: dict[str, NdArray]) -> TrainState:
     """`state` with its parameters and model state replaced where `arrays` has them."""
 
     def place(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        array = arrays.get(_spell(path))
+        array = arrays.get(jax.tree_util.keystr(path, simple=True, separator="/"))
         if array is None:
             return leaf
         # Each device takes its own part: no device holds a whole array for that.
@@ -61,7 +61,7 @@ def _arrays_of(
     saved = workdir.load_config().model
     with contextlib.closing(CheckpointStore(workdir.checkpoints)) as store:
         groups = store.load(("params", "model_state"))
-    found = _by_path(groups["params"]) | _by_path(groups["model_state"])
+    found = leaves_by_path(groups["params"]) | leaves_by_path(groups["model_state"])
     if part != "model":
         wanted = {path: leaf for path, leaf in wanted.items() if path.startswith(f"{part}/")}
         found = {path: array for path, array in found.items() if path.startswith(f"{part}/")}
@@ -102,11 +102,3 @@ def _fitted(
         array, (old, old), (new, new), num_prefix=num_prefix
     )
     return resampled
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-    return {_spell(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _spell(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
