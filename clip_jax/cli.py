@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from clip_jax import commands
+from clip_jax.cli_data import add_data_commands
 from clip_jax.config.errors import UserError
 
 _CONFIG_HELP = "recipe with get_config(), or the config.json of a workdir"
@@ -116,6 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer.add_argument("--vocab_size", type=int, default=32_000)
     tokenizer.add_argument("--keep_case", action="store_true", help="no lower-casing")
     tokenizer.add_argument("--output", required=True, help="the tokenizer.json to write")
+
+    add_data_commands(subparsers)
     return parser
 
 

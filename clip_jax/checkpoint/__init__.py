@@ -3,6 +3,7 @@
 from clip_jax.checkpoint.store import SKIP, CheckpointStore, leaves_by_path
 from clip_jax.checkpoint.workdir import (
     Workdir,
+    drop_bad_samples_after,
     drop_metrics_after,
     read_metrics,
     write_atomically,
@@ -12,6 +13,7 @@ __all__ = [
     "SKIP",
     "CheckpointStore",
     "Workdir",
+    "drop_bad_samples_after",
     "drop_metrics_after",
     "leaves_by_path",
     "read_metrics",

@@ -1,5 +1,6 @@
 """The folder of a run: its config, tokenizer, metrics, checkpoints and report."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -21,6 +22,11 @@ class Workdir:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.report = self.path / "report.html"
+
+    def bad_samples(self, process_index: int = 0) -> Path:
+        """Where a process writes down the samples that it could not use."""
+        part = f".{process_index}" if process_index else ""
+        return self.path / f"bad_samples{part}.jsonl"
 
     def exists(self) -> bool:
         return self.config.exists()
@@ -85,6 +91,20 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 f"{path} line {number} is not a metrics line: {text[:60]!r}; mend or remove it"
             )
     return lines
+
+
+def drop_bad_samples_after(workdir: Workdir, position: int) -> None:
+    """Keeps what was bad before `position` in the order, in the files of all processes.
+
+    What follows is read again by the resumed run. A line cut short by a crash is left out.
+    """
+    for path in workdir.path.glob("bad_samples*.jsonl"):
+        kept = []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                if json.loads(line)["position"] < position:
+                    kept.append(line + "\n")
+        write_atomically(path, "".join(kept))
 
 
 def drop_metrics_after(path: Path, step: int) -> None:

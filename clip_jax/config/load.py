@@ -62,7 +62,19 @@ def load_config(arguments: Sequence[str], *, trains: bool = True) -> ExperimentC
         raise ConfigError(str(error).splitlines()[0].replace("flag --", "")) from None
     if len(rest) > 1:
         raise ConfigError(f"unexpected argument {rest[1]!r}; settings are --config.key=value")
-    return validate(config, trains=trains)
+    return validate(_with_steps(config), trains=trains)
+
+
+def _with_steps(config: ExperimentConfig) -> ExperimentConfig:
+    """`num_steps` from `num_samples_seen`, where that is given."""
+    samples, batch = config.num_samples_seen, config.global_batch_size
+    if samples is None or batch < 1:
+        return config
+    if samples < batch:
+        raise ConfigError(
+            f"config.num_samples_seen {samples} is less than one batch: global_batch_size {batch}"
+        )
+    return dataclasses.replace(config, num_steps=samples // batch)
 
 
 def _with_new_entries(base: ConfigDict, overrides: Sequence[str]) -> ConfigDict:

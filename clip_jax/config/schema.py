@@ -117,17 +117,32 @@ class StartConfig:
     lock: tuple[Literal["image", "text"], ...] = ()  # towers left as they are (Zhai et al. 2022)
 
 
+SourceKind = Literal[
+    "webdataset", "tfds", "parquet", "table", "folder", "array_record", "quickstart"
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """One set of image-text pairs.
 
     kind 'webdataset': `path` is tar files, with brace expansion (`a-{000..131}.tar`) and globs,
-    several separated by commas. kind 'quickstart': `path` is a split of the emoji set.
+    several separated by commas, local or by a URL (gs://, s3://, https://). 'tfds': a prepared set,
+    `name`, `name/config` or `name:version`. 'parquet': parquet or arrow files, 'table': CSV, TSV or
+    JSONL files of image paths and captions, 'array_record': files of serialised tf.Example; their
+    paths as for tars. 'folder': images with a .txt of the same name, or folders named by a class.
+    'quickstart': a split of the emoji set.
     """
 
-    kind: Literal["webdataset", "quickstart"] = "webdataset"
+    kind: SourceKind = "webdataset"
     path: str = ""
+    split: str = "train"  # of a 'tfds' set
+    access: Literal["random", "stream"] = "random"  # stream: tars read in sequence, for buckets
     weight: float = 1.0  # share of the mixture, relative to the other sources
+    image_key: str = ""  # column or feature that holds the image or its path; "": found by its name
+    caption_keys: tuple[str, ...] = ()  # json fields, columns or features; (): the usual names
+    caption_weights: tuple[float, ...] = ()  # probability of each of caption_keys, in any unit
+    templates: tuple[str, ...] = ("{}",)  # prompts, of sets that have classes in place of captions
     captions: Literal["first", "random"] = "random"  # where a sample has several
     first_caption: float | None = None  # with 'random': probability of the first; None: as others
 
@@ -166,9 +181,8 @@ class AugmentConfig:
     saturation: float = 0.4
     hue: float = 0.1
     grayscale: float = 0.0
-    # Decode JPEGs at 1/2, 1/4 or 1/8 where a view needs no more: twice as fast from 512 to 224
-    # pixels, with a mean difference of 2 grey levels.
-    scaled_jpeg_decode: bool = False
+    rand_augment: int = 0  # operations of RandAugment (Cubuk et al. 2020) on each image
+    rand_augment_magnitude: int = 9  # of 30
     object_view: ObjectViewConfig = field(default_factory=ObjectViewConfig)
 
 
@@ -187,23 +201,59 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PackingConfig:
+    """Several captions to a row, for causal text towers that pool at the end of text.
+
+    Each `group_size` consecutive samples of the global batch share `rows` rows, so it divides the
+    samples of a device in a microbatch. The embeddings are those of a caption to a row.
+    """
+
+    group_size: int = 0  # samples; 0: a caption to a row
+    rows: int | None = None  # of a group; None: from captions measured at the first start
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """How sources with access 'stream' are read; a run keeps to it."""
+
+    num_streams: int = 16  # fixed for a run; hosts share them out, so a multiple of their number
+    interleave: int = 4  # tars that a stream reads at a time
+    window: int = 512  # samples that are shuffled among each other, at most 64 MiB of images
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What a run reads and how it becomes batches.
 
     framing, in training and evaluation: 'crop' is for photographs (random resized crop; centre
     crop). 'object' is for one thing on a transparent or white ground, as icons and products: the
     ground is trimmed off and the object set on white, whole.
+    decode, of training images with framing 'crop': 'fast' decodes JPEGs at the least of 1, 1/2,
+    1/4 and 1/8 that the crop needs and resamples linearly; 'exact' decodes whole and resamples
+    nearly as Pillow's antialiased filter. Evaluation is always Pillow's, as the peers'.
+    docs/data.md has the speeds and errors.
     """
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
+    repeat: bool = True  # False: a run that would see a sample twice is an error
+    skipped_ranges: tuple[tuple[int, int], ...] = ()  # of samples [from, to), by place in the order
     framing: Literal["crop", "object"] = "crop"
+    decode: Literal["fast", "exact"] = "fast"
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    packing: PackingConfig = field(default_factory=PackingConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
     on_bad_sample: Literal["skip", "fail"] = "skip"
+    read_retries: int = 3  # of a read that fails for a reason that may pass
     num_workers: int = 0  # processes; 0: threads of the main process only
     num_threads: int = 2  # per process
     prefetch_batches: int = 2
     cache_dir: str | None = None  # tar indexes and built sets; None: $CLIP_JAX_CACHE or ~/.cache
+
+    @property
+    def streams(self) -> bool:
+        """Whether the sources are read in sequence."""
+        return any(source.access == "stream" for source in self.sources.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,10 +292,16 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSetConfig:
-    """One set scored by retrieval and zero-shot classification of its captions."""
+    """One set scored by retrieval and zero-shot classification of its captions.
 
-    kind: Literal["webdataset", "quickstart"] = "webdataset"
+    The first fields are those of a source.
+    """
+
+    kind: SourceKind = "webdataset"
     path: str = ""
+    split: str = "test"
+    image_key: str = ""
+    caption_keys: tuple[str, ...] = ()
     description: str = ""
     templates: tuple[str, ...] = ("{}",)  # prompts; class embeddings are averaged over them
     zero_shot_ways: int = 100  # candidates in the zero-shot score; 0: no zero-shot score
@@ -281,6 +337,7 @@ class ExperimentConfig:
     name: str = "experiment"
     seed: int = 0
     num_steps: int = 100_000
+    num_samples_seen: int | None = None  # sets num_steps where given: whole batches of it
     global_batch_size: int = 1024
     microbatches: int = 1  # the towers run on this many slices; the loss is over the whole batch
     mesh: tuple[int, int, int] = (-1, 1, 1)  # devices along data, fsdp, tensor; -1: the rest
@@ -308,6 +365,7 @@ MAY_CHANGE_ON_RESUME = (
     "start.text",
     "loss.tile_size",
     "loss.bidirectional",
+    "data.read_retries",
     "data.num_workers",
     "data.num_threads",
     "data.prefetch_batches",

@@ -6,7 +6,9 @@ from typing import Any
 
 from clip_jax.config.convert import flatten
 from clip_jax.config.errors import ConfigError
-from clip_jax.config.schema import AugmentConfig, ExperimentConfig
+from clip_jax.config.packing import check_packed_batch
+from clip_jax.config.schema import ExperimentConfig
+from clip_jax.config.validation_data import check_data
 from clip_jax.config.validation_model import KINDS_WITH_HEADS, check_model
 
 _POSITIVE = (
@@ -37,6 +39,10 @@ _POSITIVE = (
     "loss.tile_size",
     "data.num_threads",
     "data.prefetch_batches",
+    "data.packing.rows",
+    "data.stream.num_streams",
+    "data.stream.interleave",
+    "data.stream.window",
     "optimizer.learning_rate",
     "optimizer.epsilon",
     "optimizer.clip_global_norm",
@@ -49,6 +55,9 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "seed",
     "data.num_workers",
+    "data.read_retries",
+    "data.packing.group_size",
+    "data.augment.rand_augment",
     "model.image.num_registers",
     "model.text.pad_id",
     "loss.beta",
@@ -59,12 +68,6 @@ _NOT_NEGATIVE = (
 _SHARES = ("schedule.end_fraction",)  # in [0, 1]
 # In [0, 1): at 1 the bias correction divides by 0.
 _DECAYS = ("optimizer.b1", "optimizer.b2", "optimizer.ema_decay", "model.image.patch_dropout")
-
-
-# What `data.tokenizers.Tokenizer.train` makes: all bytes, padding, start and end of text.
-_CLIP_VOCABULARY = (49408, 49407)  # size and end of text
-_BPE_EOT_ID = 2
-_BPE_MIN_VOCAB_SIZE = 256 + 3
 
 
 def validate(config: ExperimentConfig, *, trains: bool = True) -> ExperimentConfig:
@@ -85,8 +88,8 @@ def validate(config: ExperimentConfig, *, trains: bool = True) -> ExperimentConf
     _check_loss(config)
     if trains and not config.data.sources:
         raise ConfigError("config.data.sources is empty; add at least one source of pairs")
-    _check_data(config)
     _check_steps(config)
+    check_data(config)
     for tower in config.start.lock:
         if config.start.model is None and getattr(config.start, tower) is None:
             raise ConfigError(
@@ -135,6 +138,7 @@ def check_devices(config: ExperimentConfig, num_devices: int) -> tuple[int, int,
             raise ConfigError(
                 f"config.{name} {batch} is not divisible by {spelled} = {parts}; nearest: {nearest}"
             )
+    check_packed_batch(config, shards)
     return data, fsdp, tensor
 
 
@@ -176,87 +180,6 @@ def _check_loss(config: ExperimentConfig) -> None:
         raise ConfigError(
             f"config.model.logit_bias_init {bias} is never learned under config.loss.kind "
             "'softmax', which is blind to it; leave it out"
-        )
-
-
-def _check_data(config: ExperimentConfig) -> None:
-    for name, source in config.data.sources.items():
-        if not source.path:
-            raise ConfigError(f"config.data.sources.{name}.path is empty")
-        if source.first_caption is not None and not 0 <= source.first_caption <= 1:
-            raise ConfigError(
-                f"config.data.sources.{name}.first_caption must be between 0 and 1, got "
-                f"{source.first_caption}"
-            )
-        if source.weight <= 0:
-            raise ConfigError(
-                f"config.data.sources.{name}.weight must be positive, got {source.weight}"
-            )
-    _check_tokenizer(config)
-    _check_augment(config.data.augment)
-    for name, eval_set in config.evaluation.sets.items():
-        if not eval_set.path:
-            raise ConfigError(f"config.evaluation.sets.{name}.path is empty")
-        if eval_set.zero_shot_ways < 0 or eval_set.zero_shot_ways == 1:
-            raise ConfigError(
-                f"config.evaluation.sets.{name}.zero_shot_ways must be 2 or more, or 0 for no "
-                f"zero-shot score, got {eval_set.zero_shot_ways}"
-            )
-        if not eval_set.templates or any("{}" not in t for t in eval_set.templates):
-            raise ConfigError(
-                f"config.evaluation.sets.{name}.templates must be prompts that contain {{}}, "
-                f"got {eval_set.templates}"
-            )
-
-
-def _check_tokenizer(config: ExperimentConfig) -> None:
-    tokenizer, text = config.data.tokenizer, config.model.text
-    if tokenizer.kind == "file":
-        if not tokenizer.path:
-            raise ConfigError("config.data.tokenizer.path is empty; name a tokenizer.json")
-        return
-    if tokenizer.kind == "clip":
-        size, eot_id = _CLIP_VOCABULARY
-        if text.vocab_size < size or text.eot_id != eot_id:
-            raise ConfigError(
-                f"config.data.tokenizer.kind 'clip' has {size} tokens and end of text {eot_id}; "
-                f"config.model.text has vocab_size {text.vocab_size} and eot_id "
-                f"{text.eot_id}; use kind=bpe to train one on the captions, or kind=file"
-            )
-        return
-    own = "config.data.tokenizer.kind=file and path=tokenizer.json for a tokenizer you have"
-    if text.eot_id != _BPE_EOT_ID:
-        raise ConfigError(
-            f"config.data.tokenizer.kind 'bpe' trains a tokenizer whose end of text is token "
-            f"{_BPE_EOT_ID}, but config.model.text.eot_id is {text.eot_id}; set "
-            f"config.model.text.eot_id={_BPE_EOT_ID}, or {own}"
-        )
-    if text.vocab_size < _BPE_MIN_VOCAB_SIZE:
-        raise ConfigError(
-            f"config.data.tokenizer.kind 'bpe' needs config.model.text.vocab_size "
-            f"{_BPE_MIN_VOCAB_SIZE} or more (256 bytes and 3 special tokens), got "
-            f"{text.vocab_size}; raise it, or set {own}"
-        )
-
-
-def _check_augment(augment: AugmentConfig) -> None:
-    """Ranges are 0 < low <= high, probabilities at most 1, nothing is negative."""
-    probabilities = ("horizontal_flip", "color_jitter", "grayscale")
-    object_probabilities = ("rotation", "color", "grayscale", "pale")
-    limited = {*probabilities, *(f"object_view.{name}" for name in object_probabilities)}
-    for name, value in flatten(augment).items():
-        key = f"config.data.augment.{name}"
-        if isinstance(value, tuple) and not 0 < value[0] <= value[1]:
-            if name != "object_view.saturation" or not 0 <= value[0] <= value[1]:
-                raise ConfigError(f"{key} must be (low, high) with 0 < low <= high, got {value}")
-        elif isinstance(value, float) and value < 0:
-            raise ConfigError(f"{key} must be 0 or more, got {value}")
-        elif name in limited and value > 1:
-            raise ConfigError(f"{key} is a probability, at most 1, got {value}")
-    if augment.object_view.scale[1] > 1 or augment.crop_scale[1] > 1:
-        raise ConfigError(
-            "config.data.augment.crop_scale and object_view.scale are shares, at most 1, got "
-            f"{augment.crop_scale} and {augment.object_view.scale}"
         )
 
 

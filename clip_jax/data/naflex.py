@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from clip_jax.data.transforms import Interpolation, resized
+from clip_jax.data.record import BadSampleError
+from clip_jax.data.resample import Interpolation, resized
 
 # Of the search for the scale. They decide sizes at the edge, so they are those of the reference,
 # transformers' `Siglip2ImageProcessor`.
@@ -33,7 +34,7 @@ def naflex_size(
     Both sides are whole patches, at least one, in number at most `max_num_patches`; the aspect
     ratio is kept up to that rounding. As the reference finds it: by halving an interval of scales.
 
-    Raises ValueError for an image so elongated that its longer side alone has more patches.
+    Raises BadSampleError for an image so elongated that its longer side alone has more patches.
     """
 
     def patches(scale: float) -> tuple[int, int]:
@@ -50,7 +51,8 @@ def naflex_size(
             high = middle
     columns, rows = patches(low)
     if columns * rows > max_num_patches:
-        raise ValueError(f"{width} x {height} pixels do not fit {max_num_patches} patches")
+        message = f"{width} x {height} pixels do not fit {max_num_patches} patches"
+        raise BadSampleError("image", message)
     return columns * patch_size, rows * patch_size
 
 
@@ -64,7 +66,7 @@ def naflex_patches(
     """Resize an RGB image to at most `max_num_patches` patches and cut it into them.
 
     Sizes, order and values are those of transformers' `Siglip2ImageProcessor` with PIL, before its
-    normalisation. Raises ValueError as `naflex_size` does.
+    normalisation. Raises BadSampleError as `naflex_size` does.
     """
     size = naflex_size(*image.size, patch_size=patch_size, max_num_patches=max_num_patches)
     pixels = np.asarray(resized(image, size, interpolation))

@@ -6,6 +6,7 @@ rather than taken from Grain (2026: its weights are rounded to 1%, its epoch e w
 e - 1 with seed s + 1, and it is free to change): a run must resume to the bit after an update.
 """
 
+import bisect
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -55,37 +56,94 @@ class SampleOrder:
         self._shares = [share // divisor for share in shares]
         self._seed = seed
 
-    def places(self, positions: Sequence[int]) -> list[Place]:
+    def places(self, positions: Sequence[int] | NDArray[np.int64]) -> list[Place]:
         """Where each of the positions leads, in their order. The time per position is constant."""
-        drawn = [self._draw(position) for position in positions]
-        places: list[Place | None] = [None] * len(drawn)
-        groups: dict[tuple[str, int], list[tuple[int, int]]] = {}
-        for slot, (name, count) in enumerate(drawn):
-            epoch, step = divmod(count, self._lengths[name])
-            groups.setdefault((name, epoch), []).append((slot, step))
-        for (name, epoch), members in groups.items():
-            steps = np.array([step for _, step in members], np.uint64)
-            entropy = [self._seed, zlib.crc32(name.encode()), epoch]
-            rows = permute(steps, self._lengths[name], entropy).tolist()
-            for (slot, _), row in zip(members, rows, strict=True):
-                places[slot] = Place(name, epoch, row)
-        return [place for place in places if place is not None]
+        numbers, counts = self._draws(np.asarray(positions, np.int64))
+        rows = np.empty(len(counts), np.int64)
+        epochs = np.empty(len(counts), np.int64)
+        for number, name in enumerate(self._names):
+            (slots,) = np.nonzero(numbers == number)
+            epochs[slots], steps = np.divmod(counts[slots], self._lengths[name])
+            for epoch in np.unique(epochs[slots]).tolist():
+                members = epochs[slots] == epoch
+                entropy = [self._seed, zlib.crc32(name.encode()), epoch]
+                rows[slots[members]] = permute(
+                    steps[members].astype(np.uint64), self._lengths[name], entropy
+                )
+        names = [self._names[number] for number in numbers.tolist()]
+        return list(map(Place, names, epochs.tolist(), rows.tolist()))
 
-    def _draw(self, position: int) -> tuple[str, int]:
-        """The source at a position and how many of its samples come before.
+    def drawn_before(self, position: int) -> dict[str, int]:
+        """How many samples of each source come before a position."""
+        drawn = {}
+        here, rest = position, sum(self._shares)
+        for name, share in zip(self._names, self._shares, strict=True):
+            left = here * (rest - share) // rest
+            drawn[name] = here - left
+            here, rest = left, rest - share
+        return drawn
+
+    def first_repeat(self) -> int:
+        """The first position that brings a sample a second time."""
+        # Most positions that can pass without one are as many as there are samples.
+        return bisect.bisect_left(
+            range(1, sum(self._lengths[name] for name in self._names) + 1),
+            True,
+            key=lambda end: any(
+                drawn > self._lengths[name] for name, drawn in self.drawn_before(end).items()
+            ),
+        )
+
+    def _draws(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The number of the source at each position, and how many of its samples come before.
 
         The first source takes its share of the positions, evenly spread; the others share what is
         left in the same way. Exact in whole numbers at any position.
         """
-        here, after = position, position + 1
+        numbers = np.zeros(len(positions), np.int64)
+        counts = np.zeros(len(positions), np.int64)
         rest = sum(self._shares)
-        for name, share in zip(self._names, self._shares, strict=True):
+        largest = int(positions.max(initial=0)) + 1
+        # Python's integers where 64 bits are too few for the products.
+        here = positions if largest * rest < 2**63 else positions.astype(object)
+        after = here + 1
+        for number, share in enumerate(self._shares):
             left_here = here * (rest - share) // rest
             left_after = after * (rest - share) // rest
-            if after - left_after > here - left_here:
-                return name, here - left_here
+            taken = (after - left_after > here - left_here).astype(bool)
+            numbers[taken] = number
+            counts[taken] = (here - left_here)[taken]
             here, after, rest = left_here, left_after, rest - share
-        raise AssertionError("the last source takes all that is left")
+        return numbers, counts
+
+
+class Positions:
+    """Counts of consumed samples to positions in the order, which pass over some ranges of it.
+
+    skipped_ranges: of positions, [from, to), in any order; they may overlap.
+    """
+
+    def __init__(self, skipped_ranges: Sequence[tuple[int, int]]) -> None:
+        merged: list[list[int]] = []
+        for first, end in sorted(skipped_ranges):
+            if merged and first <= merged[-1][1]:
+                merged[-1][1] = max(merged[-1][1], end)
+            else:
+                merged.append([first, end])
+        self._ranges = merged
+        self._skipped = np.cumsum([0, *(end - first for first, end in merged)], dtype=np.int64)
+        # The count at which a run comes to each range.
+        firsts = np.array([first for first, _ in merged], np.int64)
+        self._counts = firsts - self._skipped[:-1]
+
+    def __call__(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The positions of the samples before which so many are consumed."""
+        return counts + self._skipped[np.searchsorted(self._counts, counts, side="right")]
+
+    def consumed_before(self, position: int) -> int:
+        """How many samples a run consumes before it comes to a position."""
+        skipped = sum(min(end, position) - min(first, position) for first, end in self._ranges)
+        return position - skipped
 
 
 def permute(values: NDArray[np.uint64], length: int, entropy: Sequence[int]) -> NDArray[np.uint64]:

@@ -1,68 +1,130 @@
 """Host batches by Grain: read ahead by threads and worker processes, always in the same order."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, Self
 
 import grain
+import numpy as np
 
 from clip_jax.config.errors import UserError
 from clip_jax.config.schema import DataConfig, ImageTowerConfig
 from clip_jax.data.host_batches import (
     Batch,
     EvaluationBatches,
-    Source,
+    TextInputs,
     TrainingBatches,
     sample_order,
 )
+from clip_jax.data.order import Positions
+from clip_jax.data.record import Source
+from clip_jax.data.report import BatchReport, ReportTotals
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.data.transforms import Framing
-from clip_jax.data.workers import WorkerEnvironment
+from clip_jax.data.workers import SlowWait, WorkerEnvironment, prepare_worker, was_killed
 
-_MAX_TOKENIZER_SAMPLES = 200_000  # of a source: the merges of a BPE have long settled by then
+_SLOW_WAIT_SECONDS = 30.0
+
+
+class Batches(Protocol):
+    """A sequence of batches and of how each was made; picklable."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Batch, BatchReport]: ...
+
+    def describe(self, index: int) -> str:
+        """What a batch consists of, for messages."""
+        ...
 
 
 class BatchIterator(Iterator[Batch]):
     """Batches that are being made ahead of time. Close it to end the threads and workers.
+
+    ahead: batches that are made before they are asked for, in each process.
+    slow_wait_seconds: after so long in `next` a warning says what it waits for.
 
     Usable in a `with` statement.
     """
 
     def __init__(
         self,
-        batches: TrainingBatches | EvaluationBatches,
+        batches: Batches,
         num_workers: int,
         num_threads: int,
         ahead: int,
+        *,
+        slow_wait_seconds: float = _SLOW_WAIT_SECONDS,
     ) -> None:
-        # Each element is a whole batch, so `ahead` counts batches; Grain's default is 500.
-        options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=ahead)
+        # Each element is a whole batch, so the buffer counts batches; Grain's default is 500. With
+        # fewer than threads some of these would have nothing to do.
+        options = grain.ReadOptions(
+            num_threads=num_threads, prefetch_buffer_size=max(ahead, num_threads)
+        )
         dataset = grain.MapDataset.source(batches).to_iter_dataset(options)
+        self._batches = batches
+        self._num_workers = self._workers_to_hear_of = num_workers
+        self._num_returned = 0
+        self._totals = ReportTotals()
+        self._slow_wait = SlowWait(slow_wait_seconds, self._describe_wait)
         self._environment: WorkerEnvironment | None = None
-        self._workers_to_hear_of = num_workers
         if num_workers:
-            workers = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=ahead)
-            dataset = dataset.mp_prefetch(workers)
+            workers = grain.MultiprocessingOptions(
+                num_workers, per_worker_buffer_size=max(ahead, 1)
+            )
+            dataset = dataset.mp_prefetch(workers, worker_init_fn=prepare_worker)
             self._environment = WorkerEnvironment()
         self._iterator = iter(dataset)
 
     def __next__(self) -> Batch:
-        batch: Batch = next(self._iterator)
+        """Raises what the batches raise, and UserError where a worker process was killed."""
+        try:
+            with self._slow_wait:
+                batch, report = next(self._iterator)
+        except RuntimeError as error:
+            if not was_killed(error):
+                raise
+            raise UserError(
+                f"a worker process that makes batches was killed ({str(error).split('.')[0]}), "
+                f"most likely for want of memory: give it more, or lower data.num_workers "
+                f"({self._num_workers}) or data.prefetch_batches"
+            ) from error
+        self._num_returned += 1
+        self._totals.add(report)
         if self._environment is not None:
             self._workers_to_hear_of -= 1  # each delivers one of the first batches
             if self._workers_to_hear_of == 0:
                 self._forget_environment()
         return batch
 
+    def stats(self) -> dict[str, float]:
+        """Times and counts since the last call; see `ReportTotals.stats`."""
+        return self._totals.stats()
+
+    def drain_bad_samples(self) -> list[dict[str, Any]]:
+        """The bad samples since the last call; see `ReportTotals.drain_bad_samples`."""
+        return self._totals.drain_bad_samples()
+
     def close(self) -> None:
         """End the threads and workers. Calling it again is nothing."""
+        self._slow_wait.close()
         self._iterator.close()
         self._forget_environment()
+
+    def _describe_wait(self) -> str:
+        milliseconds = self._totals.milliseconds()
+        times = ", ".join(f"{stage} {value:.2f}" for stage, value in milliseconds.items())
+        processes = f" in {self._num_workers} worker processes" if self._num_workers else ""
+        return (
+            f"for a batch ({self._batches.describe(self._num_returned)}){processes}; before, in ms "
+            f"per sample: {times}"
+        )
 
     def _forget_environment(self) -> None:
         if self._environment is not None:
             self._environment.restore()
             self._environment = None
 
-    def __enter__(self) -> "BatchIterator":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -72,27 +134,31 @@ class BatchIterator(Iterator[Batch]):
 def training_batches(
     config: DataConfig,
     sources: Mapping[str, Source],
-    tokenizer: Tokenizer,
+    text: TextInputs,
     *,
     image: ImageTowerConfig,
-    context_length: int,
     seed: int,
     global_batch_size: int,
     process_index: int,
     process_count: int,
     start_sample: int,
+    num_samples: int | None = None,
 ) -> BatchIterator:
     """Return this host's endless training batches from a position on.
 
-    Yields {'image': uint8 [b, S, S, 3], 'tokens': int32 [b, context_length]} with b =
-    global_batch_size / process_count and S the tower's image size; for NaFlex, instead of 'image',
-    'patches' uint8 [b, N, D], 'patch_mask' bool [b, N] and 'spatial_shapes' int32 [b, 2], rows and
-    columns. The hosts' batches one after another are the global batch. It depends on the seed, the
-    sources and `start_sample` (samples consumed globally) alone, not on the number of workers,
-    threads or hosts.
+    text: makes arrays of captions, `PaddedText` or `PackedText`. num_samples: what the whole run
+    consumes, from its beginning; with `config.repeat` False it may bring no sample twice.
 
-    Raises UserError if the batch does not divide over the hosts or the sources hold fewer samples
-    than a batch; later, from `next`, for bad samples as `config.on_bad_sample` says.
+    Yields {'image': uint8 [b, S, S, 3]} and the arrays of `text`, with b = global_batch_size /
+    process_count and S the tower's image size; for NaFlex, instead of 'image', 'patches' uint8
+    [b, N, D], 'patch_mask' bool [b, N] and 'spatial_shapes' int32 [b, 2], rows and columns. The
+    hosts' batches one after another are the global batch. It depends on the seed, the sources,
+    `config.skipped_ranges` and `start_sample` (samples consumed globally) alone, not on the number
+    of workers, threads or hosts.
+
+    Raises UserError if the batch does not divide over the hosts, the sources hold fewer samples
+    than a batch, or samples would come twice; later, from `next`, for bad samples as
+    `config.on_bad_sample` says and where a worker process is killed.
     """
     _check_divisible("global_batch_size", global_batch_size, process_count)
     total = sum(len(source) for name, source in sources.items() if config.sources[name].weight > 0)
@@ -101,12 +167,13 @@ def training_batches(
             f"{total} samples in all data sources are fewer than global_batch_size "
             f"{global_batch_size}: a batch would hold a pair twice; at most {total}"
         )
+    if num_samples is not None and not config.repeat:
+        _check_once(config, sources, seed, num_samples)
     batches = TrainingBatches(
         config,
         sources,
-        tokenizer,
+        text,
         image=image,
-        context_length=context_length,
         seed=seed,
         global_batch_size=global_batch_size,
         process_index=process_index,
@@ -152,39 +219,35 @@ def evaluation_batches(
     return BatchIterator(batches, num_workers=0, num_threads=num_threads, ahead=2)
 
 
-def captions(source: Source) -> list[str]:
-    """The first caption of every sample, in order. Raises UserError for a bad sample."""
-    return [_record_captions(source, row)[0] for row in range(len(source))]
-
-
-def training_captions(sources: Mapping[str, Source]) -> Iterator[str]:
-    """What a tokenizer is trained on: captions of up to 200,000 samples of each source.
-
-    Evenly spread over the source, in the order of the sources' names. Bad samples are passed over:
-    the pipeline reports them.
-    """
-    for name in sorted(sources):
-        stride = -(-len(sources[name]) // _MAX_TOKENIZER_SAMPLES)
-        for row in range(0, len(sources[name]), stride):
-            try:
-                yield from sources[name][row].captions
-            except (ValueError, OSError):
-                continue
-
-
 def sample_keys(
     config: DataConfig, sources: Mapping[str, Source], *, seed: int, positions: Sequence[int]
 ) -> list[str]:
-    """Name the samples at some positions of a run, `SOURCE/KEY` each, without decoding any."""
-    places = sample_order(config, sources, seed).places(positions)
+    """Name the samples that a run consumes as its n-th ones, `SOURCE/KEY` each; decodes none.
+
+    positions: n of each, counted from 0. Bad samples are named too, not what replaces them.
+    """
+    counts = np.asarray(positions, np.int64)
+    passed_over = Positions(config.skipped_ranges)
+    places = sample_order(config, sources, seed).places(passed_over(counts))
     return [f"{place.source}/{sources[place.source][place.row].key}" for place in places]
 
 
-def _record_captions(source: Source, row: int) -> tuple[str, ...]:
-    try:
-        return source[row].captions
-    except (ValueError, OSError) as error:
-        raise UserError(f"bad sample: {source.locate(row)}: {error}; mend it") from None
+def _check_once(
+    config: DataConfig, sources: Mapping[str, Source], seed: int, num_samples: int
+) -> None:
+    """Raises UserError if a run would go through a source more than once."""
+    order, positions = sample_order(config, sources, seed), Positions(config.skipped_ranges)
+    end = int(positions(np.array([num_samples - 1]))[0]) + 1
+    first_repeat = order.first_repeat()
+    if end <= first_repeat:
+        return
+    taken = order.drawn_before(end)
+    name = max(taken, key=lambda name: taken[name] / len(sources[name]))
+    raise UserError(
+        f"{num_samples} samples go through data source '{name}' more than once ({taken[name]} of "
+        f"its {len(sources[name])}) and data.repeat is False; at most num_samples_seen="
+        f"{positions.consumed_before(first_repeat)}, or lower its weight, or set data.repeat=True"
+    )
 
 
 def _check_divisible(name: str, batch_size: int, process_count: int) -> None:

@@ -17,16 +17,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from clip_jax.config.schema import AugmentConfig, ImageTowerConfig
+from clip_jax.data.augment import flip_and_recolor
+from clip_jax.data.decode import Decode, decode_image, open_picture, upright_rgb
 from clip_jax.data.naflex import PatchSequence, naflex_patches, naflex_size, patch_sequence
-from clip_jax.data.transforms import (
-    Framing,
-    decode_image,
-    evaluation_image,
-    flip_and_recolor,
-    resized,
-    training_view,
-    upright_rgb,
-)
+from clip_jax.data.transforms import Framing, evaluation_image, training_view
 
 Inputs = dict[str, NDArray[np.generic]]
 Picture = Image.Image | str | Path | bytes
@@ -89,24 +83,30 @@ def training_inputs(
     framing: Framing,
     augment: AugmentConfig,
     rng: np.random.Generator,
+    *,
+    decode: Decode = "exact",
 ) -> Inputs:
-    """A random view of an encoded picture.
+    """A random view of an encoded picture; `decode` is for framing 'crop': see `Picture.view`.
 
     NaFlex takes pictures whole, in their own aspect ratio: of the augmentation of 'crop', flips and
-    colours alone, and `scaled_jpeg_decode` does nothing. Raises ValueError as `decode_image` does.
+    colours alone. Raises BadSampleError as `decode_image` and `naflex_size` do.
     """
+    interpolation = image.interpolation
     if image.kind != "naflex":
-        size, interpolation = image.image_size, image.interpolation
-        view = training_view(data, framing, augment, size, rng, interpolation=interpolation)
+        size = image.image_size
+        view = training_view(
+            data, framing, augment, size, rng, decode=decode, interpolation=interpolation
+        )
         return {"image": view}
     if framing == "object":
         view = training_view(data, framing, augment, _object_side(image), rng)
         return _object_patches(view, image)
-    picture = decode_image(data)
+    picture = open_picture(data)
     patches = {"patch_size": image.patch_size, "max_num_patches": image.max_num_patches}
-    picture = resized(picture, naflex_size(*picture.size, **patches), image.interpolation)
-    picture = flip_and_recolor(picture, augment, rng)
-    return _patch_inputs(patch_sequence(np.asarray(picture), **patches))
+    shape = naflex_size(*picture.size, **patches)
+    whole = (0, 0, *picture.size)
+    pixels = picture.view(whole, shape, decode=decode, interpolation=interpolation)
+    return _patch_inputs(patch_sequence(flip_and_recolor(pixels, augment, rng), **patches))
 
 
 def blank_inputs(image: ImageTowerConfig, count: int) -> Inputs:

@@ -173,16 +173,26 @@ class Tokenizer:
     def __call__(
         self, texts: Sequence[str], context_length: int | None = None
     ) -> NDArray[np.int32]:
-        """Return int32 [len(texts), context_length]. A text too long is cut and keeps its end.
+        """Return int32 [len(texts), context_length]: what `encode` returns, padded.
 
         context_length: None: that of `rules`. Raises UserError if it leaves no room for text.
+        """
+        length = self._row_length(context_length)
+        encoded = self.encode(texts, length)
+        rows = np.full((len(encoded), length), self.rules.pad_id, np.int32)
+        for row, ids in zip(rows, encoded, strict=True):
+            row[: len(ids)] = ids
+        return rows
+
+    def encode(self, texts: Sequence[str], context_length: int | None = None) -> list[list[int]]:
+        """Return the token ids of each text. A text too long is cut and keeps its end.
+
+        context_length: the most of them, as for a call. Raises UserError if it leaves no room.
         """
         if isinstance(texts, str):
             raise TypeError("texts is a sequence of captions, not one caption")
         rules = self.rules
-        length = rules.context_length if context_length is None else context_length
-        if length is None:
-            raise UserError("this tokenizer has no context_length of its own; give one")
+        length = self._row_length(context_length)
         before = [] if rules.start_id is None else [rules.start_id]
         after = [] if rules.eot_id is None else [rules.eot_id]
         room = length - len(before) - len(after)
@@ -190,14 +200,16 @@ class Tokenizer:
             raise UserError(
                 f"context_length {length} leaves no room for text; at least {length - room + 1}"
             )
-        if rules.strip_sep:
-            after = [rules.pad_id] * len(after)
+        if rules.strip_sep:  # it takes part in cutting and is padding then
+            after = []
         cleaned = [encodable(clean(text, rules.clean, lowercase=rules.lowercase)) for text in texts]
-        rows = np.full((len(texts), length), rules.pad_id, np.int32)
-        for row, ids in zip(rows, self._model.encode(cleaned), strict=True):
-            whole = before + ids[:room] + after
-            row[: len(whole)] = whole
-        return rows
+        return [before + ids[:room] + after for ids in self._model.encode(cleaned)]
+
+    def _row_length(self, context_length: int | None) -> int:
+        length = self.rules.context_length if context_length is None else context_length
+        if length is None:
+            raise UserError("this tokenizer has no context_length of its own; give one")
+        return length
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of a row up to its end token, words apart by single blanks.

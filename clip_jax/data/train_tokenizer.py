@@ -6,7 +6,7 @@ from pathlib import Path
 
 from clip_jax.config.errors import UserError
 from clip_jax.config.schema import SourceConfig
-from clip_jax.data.pipeline import training_captions
+from clip_jax.data.source_captions import training_captions
 from clip_jax.data.sources import open_source
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.data.vocabularies import Kind

@@ -12,9 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from clip_jax.config import EvalSetConfig, ExperimentConfig
-from clip_jax.data.pipeline import captions, evaluation_batches
+from clip_jax.data.pipeline import evaluation_batches
+from clip_jax.data.record import Source
+from clip_jax.data.source_captions import captions
 from clip_jax.data.sources import open_source
-from clip_jax.data.sources.webdataset import WebdatasetSource
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.evaluation.embedding import Embedder
 from clip_jax.evaluation.retrieval import ranks, recalls
@@ -28,7 +29,7 @@ class SetResult:
 
     config: EvalSetConfig
     metrics: dict[str, float]
-    source: WebdatasetSource
+    source: Source
     captions: list[str]
     image_embeddings: np.ndarray  # float32 [N, E], unit length
     text_embeddings: np.ndarray  # float32 [N, E], of the captions as they are
@@ -53,7 +54,8 @@ class Evaluator:
         self._tokenizer, self._config = tokenizer, config
         self._embedder = Embedder(task, mesh)
         self._sources = {
-            name: open_source(eval_set, cache_dir)
+            # A part of a set would be scored as if it were the whole.
+            name: open_source(eval_set, cache_dir, on_bad_sample="fail")
             for name, eval_set in config.evaluation.sets.items()
         }
         self._captions: dict[str, list[str]] = {}  # read at the first evaluation

@@ -77,8 +77,16 @@ class CLIP(nnx.Module):
         return unit_length(_project(self.image_projection, pooled_BD))
 
     def encode_text(self, inputs: Mapping[str, Array]) -> Array:
-        """`tokens`: int32 [B, T]. Unit-length float32 [B, E]."""
-        pooled_BD, _ = self.text(inputs["tokens"])
+        """Unit-length float32 [B, E].
+
+        inputs: `tokens`, int32 [B, T]. Packed captions, P groups of G in R rows each: `tokens` and
+        `segments` [P, R, T] and `eot` [P, G], as `TextTransformer.packed` says, with B = P * G.
+        """
+        if "segments" in inputs:
+            assert isinstance(self.text, TextTransformer), "refused by config.packing"
+            pooled_BD = self.text.packed(inputs["tokens"], inputs["segments"], inputs["eot"])
+        else:
+            pooled_BD, _ = self.text(inputs["tokens"])
         return unit_length(_project(self.text_projection, pooled_BD))
 
     def logit_scale(self) -> Array:

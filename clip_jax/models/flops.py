@@ -7,11 +7,12 @@ from clip_jax.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 TowerConfig = ImageTowerConfig | TextTowerConfig
 
 
-def forward_flops(model: ModelConfig) -> tuple[int, int]:
+def forward_flops(model: ModelConfig, *, rows_per_text: float = 1.0) -> tuple[int, int]:
     """FLOPs of one image and of one text through tower and projection (2 per multiply-add).
 
     At evaluation: without patch dropout. A naflex image is a full sequence of patches, padding
-    and all, and a text `context_length` tokens: what is computed, whatever is padding.
+    and all, and a text `rows_per_text` rows of `context_length` tokens: what is computed, whatever
+    is padding.
     """
     image, text = model.image, model.text
     image_flops = (
@@ -19,7 +20,8 @@ def forward_flops(model: ModelConfig) -> tuple[int, int]:
     )
     image_width = model.embed_dim if image.kind == "resnet" else image.width
     image_flops += _projection(model.image_projection, image_width, model.embed_dim)
-    text_flops = _text(text) + _projection(model.text_projection, text.width, model.embed_dim)
+    text_flops = round(_text(text) * rows_per_text)
+    text_flops += _projection(model.text_projection, text.width, model.embed_dim)
     return image_flops, text_flops
 
 

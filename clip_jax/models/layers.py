@@ -66,22 +66,30 @@ def attention(
     is_causal: bool,
     execution: Execution,
     lengths_B: Array | None = None,
+    segments_BT: Array | None = None,
 ) -> Array:
     """Scaled dot-product attention [B, T, N, H]: the one entry point, softmax in float32.
 
     lengths_B: int32, how many of the S keys of each row are real; the rest, at the end, are
     padding that nothing attends to. None: all are real. A row without a real key attends to its
     first one: finite, in the backward pass too.
+    segments_BT: int32, the same number for tokens that attend to each other, of T = S; so all
+    attend to themselves at least. Always by XLA: cuDNN would add a mask as a bias of [B, T, T],
+    for even T alone (CLIP's is 77), and packed rows are a fraction of those it is meant to save.
     """
     if lengths_B is not None:
         # Lengths, not a mask: cuDNN would turn a mask into a bias, which needs even lengths.
         lengths_B = jnp.maximum(lengths_B, 1).astype(jnp.int32)
+    same_segment_B1TS = None
+    if segments_BT is not None:
+        same_segment_B1TS = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
     # cuDNN takes 16-bit inputs with head widths that are multiples of 8 and raises on others.
-    fused = execution.attention == "cudnn" and q_BTNH.shape[-1] % 8 == 0
+    fused = execution.attention == "cudnn" and q_BTNH.shape[-1] % 8 == 0 and segments_BT is None
     return jax.nn.dot_product_attention(
         q_BTNH,
         k_BSNH,
         v_BSNH,
+        mask=same_segment_B1TS,
         is_causal=is_causal,
         key_value_seq_lengths=lengths_B,
         implementation="cudnn" if fused else "xla",
@@ -131,7 +139,9 @@ class Attention(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, x_BTD: Array, lengths_B: Array | None = None) -> Array:
+    def __call__(
+        self, x_BTD: Array, lengths_B: Array | None = None, segments_BT: Array | None = None
+    ) -> Array:
         qkv_BT3NH = self.qkv(x_BTD)
         q_BTNH, k_BTNH, v_BTNH = (qkv_BT3NH[:, :, i] for i in range(3))
         if self.qk_norm:
@@ -143,6 +153,7 @@ class Attention(nnx.Module):
             is_causal=self.is_causal,
             execution=self.execution,
             lengths_B=lengths_B,
+            segments_BT=segments_BT,
         )
         return self.out(mixed_BTNH)
 
@@ -195,8 +206,10 @@ class Block(nnx.Module):
             self.attention_scale = nnx.Param(jnp.full((config.width,), scale, jnp.float32))
             self.mlp_scale = nnx.Param(jnp.full((config.width,), scale, jnp.float32))
 
-    def __call__(self, x_BTD: Array, lengths_B: Array | None = None) -> Array:
-        change_BTD = self.attention(self.attention_norm(x_BTD), lengths_B)
+    def __call__(
+        self, x_BTD: Array, lengths_B: Array | None = None, segments_BT: Array | None = None
+    ) -> Array:
+        change_BTD = self.attention(self.attention_norm(x_BTD), lengths_B, segments_BT)
         if self.layer_scale:
             change_BTD = change_BTD * self.attention_scale[...].astype(x_BTD.dtype)
         x_BTD = x_BTD + change_BTD
@@ -209,8 +222,10 @@ class Block(nnx.Module):
 class PostNormBlock(Block):
     """The block of the first Transformer and of BERT: each norm is after its residual sum."""
 
-    def __call__(self, x_BTD: Array, lengths_B: Array | None = None) -> Array:
-        x_BTD = self.attention_norm(x_BTD + self.attention(x_BTD, lengths_B))
+    def __call__(
+        self, x_BTD: Array, lengths_B: Array | None = None, segments_BT: Array | None = None
+    ) -> Array:
+        x_BTD = self.attention_norm(x_BTD + self.attention(x_BTD, lengths_B, segments_BT))
         return self.mlp_norm(x_BTD + self.mlp(x_BTD))
 
 
@@ -238,15 +253,17 @@ def run_blocks(
     depth: int,
     execution: Execution,
     lengths_B: Array | None = None,
+    segments_BT: Array | None = None,
 ) -> Array:
     """Applies stacked blocks in order, rematerialised by `execution.remat`.
 
     lengths_B: int32, real tokens of each row; padding at the end is not attended to. What the
-    padding itself becomes means nothing.
+    padding itself becomes means nothing. segments_BT: int32, tokens attend to those of the same
+    number alone.
     """
 
     def body(x_BTD: Array, block: Block) -> tuple[Array, None]:
-        return block(x_BTD, lengths_B), None
+        return block(x_BTD, lengths_B, segments_BT), None
 
     if execution.remat != "none":
         # The scan already keeps XLA from merging the recomputation with the forward pass.

@@ -1,7 +1,7 @@
 """Transformer text tower: CLIP's causal one and SigLIP's bidirectional one.
 
 Radford et al. 2021 (section 2.4), Zhai et al. 2023. Shape suffixes: B batch, T tokens, D width,
-V vocabulary.
+V vocabulary; of packed captions P groups, G captions of a group, R rows of a group, S = R * T.
 """
 
 import jax
@@ -77,6 +77,45 @@ class TextTransformer(nnx.Module):
         x_BTD = run_blocks(self.blocks, x_BTD, depth=self.config.depth, execution=self.execution)
         x_BTD = self.final_norm(x_BTD)
         return self._pool(x_BTD, tokens_BT).astype(jnp.float32), x_BTD
+
+    def packed(self, tokens_PRT: Array, segments_PRT: Array, eot_PG: Array) -> Array:
+        """Pooled features [P * G, D] (float32) of captions that share rows (Krell et al. 2021).
+
+        segments_PRT: int32, 1, 2, ... by caption in each row, 0: padding. eot_PG: int32, where each
+        caption ends in its group, row * T + position. The features are those of a caption to a
+        row, for a causal tower that pools at the end of text (`config.packing.check_packing`).
+        """
+        P, R, T = tokens_PRT.shape
+        tokens_BT, segments_BT = (x.reshape(P * R, T) for x in (tokens_PRT, segments_PRT))
+        check_length(tokens_BT, self.config)
+        x_BTD = self.token_embedding[...][tokens_BT] + self._positions(segments_BT)
+        x_BTD = run_blocks(
+            self.blocks,
+            x_BTD.astype(self.execution.dtype),
+            depth=self.config.depth,
+            execution=self.execution,
+            segments_BT=segments_BT,
+        )
+        # Inside each group, which is whole on a device: of a gather over the batch, the
+        # partitioner would make an all-reduce of all hidden states.
+        x_PSD = x_BTD.reshape(P, R * T, -1)
+        x_PGD = self.final_norm(jnp.take_along_axis(x_PSD, eot_PG[:, :, None], axis=1))
+        return x_PGD.reshape(eot_PG.size, -1).astype(jnp.float32)
+
+    def _positions(self, segments_BT: Array) -> Array:
+        """Position embeddings [B, T, D] of tokens counted from the start of their caption."""
+        T = segments_BT.shape[1]
+        begins_BT = jnp.diff(segments_BT, axis=1, prepend=-1) != 0
+        start_BT = jax.lax.cummax(jnp.where(begins_BT, jnp.arange(T), 0), axis=1)
+        # A product, not a gather: its gradient is a sum that accelerators are made for, where a
+        # gather's would add B * T vectors one by one into T.
+        one_hot_BTS = jax.nn.one_hot(jnp.arange(T) - start_BT, T)
+        return jnp.einsum(
+            "bts,sd->btd",
+            one_hot_BTS,
+            self.position_embedding[:T],
+            precision=jax.lax.Precision.HIGHEST,
+        )
 
     def _pool(self, x_BTD: Array, tokens_BT: Array) -> Array:
         match self.config.pooling:

@@ -1,6 +1,7 @@
 """Contrastive pretraining of two towers: the exact loss over the global batch.
 
-Shape suffixes: B global batch, b rows of one device, L tokens, E embedding width, k microbatches.
+Shape suffixes: B global batch, b rows of one device, L tokens, E embedding width, k microbatches;
+of packed captions P groups of the batch, G samples of a group, R rows of a group.
 """
 
 import math
@@ -12,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from clip_jax.config import ExperimentConfig, ImageTowerConfig
+from clip_jax.config import ConfigError, ExperimentConfig, ImageTowerConfig
+from clip_jax.config.schema import PackingConfig
 from clip_jax.models import CLIP, Execution, forward_flops
 from clip_jax.objectives import contrastive_loss
 from clip_jax.parallel import BATCH_AXES
@@ -117,7 +119,7 @@ class ContrastiveTask:
 
     def _encode(self, model: CLIP, batch: Mapping[str, Array], rng: Array) -> tuple[Array, Array]:
         """Both towers' embeddings [B, E], in microbatches that are recomputed going backward."""
-        k, num_rows = self.config.microbatches, len(batch["tokens"])
+        k, num_rows = self.config.microbatches, _num_samples(batch)
 
         def encode_image(inputs: Mapping[str, Array]) -> Array:
             if not self._image_needs_keys:
@@ -129,29 +131,39 @@ class ContrastiveTask:
         batch = dict(batch) | {"row": jnp.arange(num_rows)}
         if k == 1:
             return encode_image(batch), model.encode_text(batch)
+        # Samples that share rows of text stay together: groups are dealt, of one sample each where
+        # captions are not packed.
+        num_groups = len(batch["tokens"])
+        group_size = num_rows // num_groups
         num_devices = math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
-        if num_rows % (k * num_devices):
+        if num_groups % (k * num_devices):
             raise ValueError(
-                f"a batch of {num_rows} is not divisible by {k} microbatches x {num_devices} "
-                f"data-parallel devices = {k * num_devices}"
+                f"a batch of {num_rows}{f' in groups of {group_size}' if group_size > 1 else ''} "
+                f"is not divisible by {k} microbatches x {num_devices} data-parallel devices = "
+                f"{k * num_devices}"
             )
         # GradCache (Gao et al. 2021): only embeddings are kept, and autodiff runs each microbatch
-        # again. Rows are dealt (B/k, k), so every device keeps the rows it has, and each microbatch
-        # is cut out where it is used: the batch is never copied.
+        # again. Groups are dealt (P/k, k), so every device keeps the rows it has, and each
+        # microbatch is cut out where it is used: the batch is never copied.
         by_device = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
 
-        def deal(x_B: Array) -> Array:
-            x_bk = x_B.reshape(num_rows // k, k, *x_B.shape[1:])
-            return jax.lax.with_sharding_constraint(x_bk, by_device)
+        def deal(x: Array) -> Array:  # [P, ...] or [P * G, ...] to [P/k, k, ...]
+            per_group = x.shape[1:] if len(x) == num_groups else (group_size, *x.shape[1:])
+            x_pk = x.reshape(num_groups // k, k, *per_group)
+            return jax.lax.with_sharding_constraint(x_pk, by_device)
 
-        dealt = jax.tree.map(deal, batch)
+        def cut(x_pk: Array, i: Array, x: Array) -> Array:  # microbatch i of `x`, shaped as it is
+            return x_pk[:, i].reshape(len(x) // k, *x.shape[1:])
+
+        dealt = {name: (deal(x), x) for name, x in batch.items()}
 
         def run(encode: Callable[[Mapping[str, Array]], Array]) -> Array:
             def encode_one(i: Array) -> Array:
-                return encode({name: x_bk[:, i] for name, x_bk in dealt.items()})
+                inputs = {name: cut(x_pk, i, x) for name, (x_pk, x) in dealt.items()}
+                return encode(inputs).reshape(num_groups // k, -1)
 
-            embeddings_kbE = jax.lax.map(jax.checkpoint(encode_one), jnp.arange(k))
-            return jnp.moveaxis(embeddings_kbE, 0, 1).reshape(num_rows, -1)
+            embeddings_kpE = jax.lax.map(jax.checkpoint(encode_one), jnp.arange(k))
+            return jnp.moveaxis(embeddings_kpE, 0, 1).reshape(num_rows, -1)
 
         # One tower after the other: their activations are never held together.
         return run(encode_image), run(model.encode_text)
@@ -165,9 +177,8 @@ class ContrastiveTask:
         return path.split("/", maxsplit=1)[0] not in self.config.start.lock
 
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        batch, text = self.config.global_batch_size, self.config.model.text
-        tokens = jax.ShapeDtypeStruct((batch, text.context_length), jnp.int32)
-        return _image_spec(self.config.model.image, batch) | {"tokens": tokens}
+        batch = self.config.global_batch_size
+        return _image_spec(self.config.model.image, batch) | _text_spec(self.config)
 
     def embed(
         self, params: Tree, model_state: Tree, batch: Mapping[str, Array]
@@ -182,7 +193,9 @@ class ContrastiveTask:
 
     def flops(self) -> int:
         """Three forward passes per sample: one forward, two backward. The loss is left out."""
-        return 3 * sum(forward_flops(self.config.model))
+        packing = self.config.data.packing
+        rows_per_text = _rows(packing) / packing.group_size if packing.group_size else 1.0
+        return 3 * sum(forward_flops(self.config.model, rows_per_text=rows_per_text))
 
 
 def _arrays(model: CLIP, kind: type[nnx.Variable]) -> Tree:
@@ -202,11 +215,43 @@ def _image_spec(image: ImageTowerConfig, batch: int) -> dict[str, jax.ShapeDtype
     }
 
 
+def _text_spec(config: ExperimentConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    def int32(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    batch, length = config.global_batch_size, config.model.text.context_length
+    packing = config.data.packing
+    if not packing.group_size:
+        return {"tokens": int32(batch, length)}
+    num_groups = batch // packing.group_size
+    tokens_PRL = int32(num_groups, _rows(packing), length)
+    return {
+        "tokens": tokens_PRL,
+        "segments": tokens_PRL,
+        "eot": int32(num_groups, packing.group_size),
+        "text_id": int32(batch),
+    }
+
+
+def _rows(packing: PackingConfig) -> int:
+    if packing.rows is None:
+        raise ConfigError(
+            "config.data.packing.rows is chosen from the captions when a run starts; here it must "
+            f"be given: at most group_size {packing.group_size}"
+        )
+    return packing.rows
+
+
+def _num_samples(batch: Mapping[str, Array]) -> int:
+    return batch["eot"].size if "eot" in batch else len(batch["tokens"])
+
+
 def _labels(batch: Mapping[str, Array], *, with_ids: bool) -> dict[str, Array]:
     """What the batch tells of its pairs beside their contents: duplicates and weights."""
     labels = {"weights": batch["weight"]} if "weight" in batch else {}
     if with_ids:
-        labels["text_ids"] = _hash_rows(batch["tokens"])
+        packed = "text_id" in batch
+        labels["text_ids"] = batch["text_id"] if packed else _hash_rows(batch["tokens"])
         if "image_id" in batch:
             labels["image_ids"] = batch["image_id"]
     return labels

@@ -13,15 +13,28 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from clip_jax.checkpoint import CheckpointStore, Workdir, drop_metrics_after, read_metrics
+from clip_jax.checkpoint import (
+    CheckpointStore,
+    Workdir,
+    drop_bad_samples_after,
+    drop_metrics_after,
+    read_metrics,
+)
 from clip_jax.config import ExperimentConfig, UserError, to_dict
-from clip_jax.data.pipeline import training_batches
-from clip_jax.data.sources import cache_dir, open_source
+from clip_jax.data.sources import cache_dir
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.evaluation.evaluate import Evaluator, metrics_line
 from clip_jax.evaluation.run_report import write_run_report
 from clip_jax.parallel import from_first_process, make_mesh, to_global_batch
 from clip_jax.tasks import ContrastiveTask
+from clip_jax.training.clock import Clock
+from clip_jax.training.input import (
+    TrainingInput,
+    describe_sources,
+    keep_packing_rows,
+    measure_packing_rows,
+    open_sources,
+)
 from clip_jax.training.optimizer import make_optimizer, make_schedule
 from clip_jax.training.resume import check_workdir
 from clip_jax.training.start import describe, starting_arrays, with_arrays
@@ -51,6 +64,7 @@ def train(
     is_first_process = jax.process_index() == 0
     with contextlib.ExitStack() as resources:
         # ---- Workdir: may this run go on here? -------------------------------------------------
+        config = keep_packing_rows(config, workdir)
         changes = check_workdir(workdir, config, allow_config_change=allow_config_change)
         check_logging(config)
         if is_first_process:
@@ -61,8 +75,9 @@ def train(
 
         # ---- Data and tokenizer ----------------------------------------------------------------
         cache = cache_dir(config.data)
-        sources = {name: open_source(source, cache) for name, source in config.data.sources.items()}
+        sources = open_sources(config, cache)
         tokenizer = prepare_tokenizer(config, sources, workdir)
+        config = measure_packing_rows(config, sources, tokenizer)
 
         # ---- Model, optimizer, evaluation ------------------------------------------------------
         task = ContrastiveTask(config, mesh)
@@ -79,20 +94,21 @@ def train(
                 contextlib.closing(CheckpointStore(workdir.checkpoints, config.checkpoint))
             )
             first_step = from_first_process(store.latest_step() or 0)
+        saved: dict[str, Any] = {}
         if store is not None and first_step:
-            first_sample = store.metadata(first_step)["samples_seen"]
+            metadata = store.metadata(first_step)
+            first_sample, saved = metadata["samples_seen"], metadata.get("data", {})
         batches = resources.enter_context(
-            training_batches(
-                config.data,
-                sources,
-                tokenizer,
-                image=config.model.image,
-                context_length=config.model.text.context_length,
-                seed=config.seed,
-                global_batch_size=config.global_batch_size,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-                start_sample=first_sample,
+            contextlib.closing(
+                TrainingInput(
+                    config,
+                    sources,
+                    tokenizer,
+                    first_sample=first_sample,
+                    saved=saved,
+                    bad_samples=workdir.bad_samples(jax.process_index()),
+                    allow_config_change=allow_config_change,
+                )
             )
         )
         earlier = read_metrics(workdir.metrics)
@@ -106,6 +122,7 @@ def train(
         # ---- All checks have passed: from here on files change ---------------------------------
         if is_first_process:
             drop_metrics_after(workdir.metrics, first_step)
+            drop_bad_samples_after(workdir, first_sample)
             tokenizer.save(workdir.tokenizer)
             workdir.save_config(config)
         if store is None:
@@ -132,7 +149,7 @@ def train(
         num_parameters = count_parameters(abstract.params)
         progress.say(
             f"{config.name}: {num_parameters:,} parameters, {jax.device_count()} devices as "
-            f"{dict(mesh.shape)}, {sum(map(len, sources.values())):,} samples"
+            f"{dict(mesh.shape)}, {describe_sources(config, sources)}"
         )
         if starting:
             progress.say(f"starting with {describe(config.start)}: {len(starting)} arrays")
@@ -142,15 +159,17 @@ def train(
             progress.say(f"resuming {workdir.path} at step {first_step}")
 
         run = _Run(config, workdir, tokenizer, store, evaluator, writer, progress, num_parameters)
-        clock = _Clock(start, first_step, earlier=_train_seconds(earlier))
+        clock = Clock(start, first_step, earlier=_train_seconds(earlier))
         scores = _scores_at(first_step, earlier)
+
+        local_batch_size = config.global_batch_size // jax.process_count()
 
         def samples_seen(step: int) -> int:
             return first_sample + (step - first_step) * config.global_batch_size
 
         def log(step: int, metrics: dict[str, jax.Array]) -> None:
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            values |= clock.lap(step)
+            values |= clock.lap(step, local_batch_size=local_batch_size) | batches.figures()
             values["samples_seen"] = samples_seen(step)
             values["samples_per_second"] = values["steps_per_second"] * config.global_batch_size
             if writer is not None:
@@ -175,11 +194,13 @@ def train(
             for step in range(first_step + 1, config.num_steps + 1):
                 try:
                     with clock.waiting(in_flight):
-                        batch = to_global_batch(next(batches), mesh)
+                        local_batch = next(batches)
+                        with clock.transferring():
+                            batch = to_global_batch(local_batch, mesh)
                 except UserError:
                     # The data went bad on the way. Saving takes all processes; one would hang.
                     if step - 1 > first_step and jax.process_count() == 1:
-                        run.save(step - 1, samples_seen(step - 1), state)
+                        run.save(step - 1, samples_seen(step - 1), state, batches)
                     raise
                 with jax.transfer_guard("disallow"):
                     state, metrics = train_step(state, batch)
@@ -200,7 +221,7 @@ def train(
                     log(*pending)
                     pending = None
                 if saves:
-                    run.save(step, samples_seen(step), state)
+                    run.save(step, samples_seen(step), state, batches)
                 if stop:
                     store.wait()
                     progress.say(_how_to_resume(workdir, step))
@@ -233,9 +254,10 @@ class _Run:
     progress: ProgressLine
     num_parameters: int
 
-    def save(self, step: int, samples_seen: int, state: TrainState) -> None:
+    def save(self, step: int, samples_seen: int, state: TrainState, batches: TrainingInput) -> None:
         metadata = {
             "samples_seen": samples_seen,
+            "data": batches.position(),
             "config": to_dict(self.config),
             "tokenizer": self.tokenizer.to_json(),
         }
@@ -270,44 +292,6 @@ class _Run:
                     num_parameters=self.num_parameters,
                 )
         return scores
-
-
-class _Clock:
-    """Time since the last log line and the share of it spent waiting for data."""
-
-    def __init__(self, start: float, first_step: int, *, earlier: float) -> None:
-        """start: of this call of `train`; earlier: seconds the run trained before it."""
-        self._run_start = start - earlier
-        self._lap_start = time.perf_counter()
-        self._lap_step = first_step
-        self._waited = 0.0
-
-    @contextlib.contextmanager
-    def waiting(self, in_flight: jax.Array | None) -> Iterator[None]:
-        """Round a wait for data. It counts if the step before, `in_flight`, ends within it.
-
-        Then the device stood idle for a part of it, which makes the figure an upper bound.
-        """
-        start = time.perf_counter()
-        yield
-        if in_flight is None or in_flight.is_ready():  # type: ignore[attr-defined]
-            self._waited += time.perf_counter() - start
-
-    def lap(self, step: int) -> dict[str, float]:
-        """Figures from the last lap to now, when step `step` is known to be done."""
-        now = time.perf_counter()
-        seconds = max(now - self._lap_start, 1e-9)
-        figures = {
-            "steps_per_second": (step - self._lap_step) / seconds,
-            "data_wait": min(self._waited / seconds, 1.0),
-            "train_seconds": now - self._run_start,
-        }
-        self._lap_start, self._lap_step, self._waited = now, step, 0.0
-        return figures
-
-    def skip(self) -> None:
-        """Leaves the time since the last lap out of the next one's figures."""
-        self._lap_start = time.perf_counter()
 
 
 def _scores_at(step: int, lines: list[dict[str, Any]]) -> dict[str, float]:

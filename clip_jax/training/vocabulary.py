@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from jax.experimental import multihost_utils
 
 from clip_jax.checkpoint import Workdir
 from clip_jax.config import ExperimentConfig
-from clip_jax.data.pipeline import training_captions
+from clip_jax.data.configured_text import configured_tokenizer
 from clip_jax.data.tokenizer_fit import check_fit
 from clip_jax.data.tokenizers import Tokenizer
 
@@ -24,19 +23,7 @@ def prepare_tokenizer(
     Raises ConfigError where its tokens do not fit the text tower, UserError where its file does
     not load.
     """
-    settings = config.data.tokenizer
-    if workdir.tokenizer.exists():
-        tokenizer = Tokenizer.load(workdir.tokenizer)
-    elif settings.kind == "file":
-        tokenizer = Tokenizer.load(Path(settings.path), lowercase=settings.lowercase)
-    elif settings.kind == "clip":
-        tokenizer = Tokenizer.clip()
-    else:
-        tokenizer = Tokenizer.train(
-            training_captions(sources),
-            vocab_size=config.model.text.vocab_size,
-            lowercase=settings.lowercase,
-        )
+    tokenizer = configured_tokenizer(config, sources, workdir.tokenizer)
     if jax.process_count() > 1:
         digest = hashlib.sha256(tokenizer.to_json().encode()).digest()
         # Training is deterministic; processes that read other captions must not go unnoticed.

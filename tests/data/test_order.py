@@ -1,11 +1,12 @@
 import collections
 import itertools
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
 from clip_jax.config.errors import UserError
-from clip_jax.data.order import Place, SampleOrder, permute
+from clip_jax.data.order import Place, Positions, SampleOrder, permute
 
 
 def values(length: int) -> np.ndarray:
@@ -98,10 +99,43 @@ def test_shares_are_exact_over_any_window(first):
 def test_draws_count_up_without_gaps():
     order = SampleOrder({"a": 10**9, "b": 10**9, "c": 10**9}, {"a": 5, "b": 3.3, "c": 0.01}, 0)
     counters = collections.Counter()
-    for position in range(5000):
-        name, count = order._draw(position)
-        assert count == counters[name]
-        counters[name] += 1
+    numbers, counts = order._draws(np.arange(5000))
+    for position, (number, count) in enumerate(zip(numbers.tolist(), counts.tolist(), strict=True)):
+        if position % 500 == 0:
+            drawn = order.drawn_before(position)
+            assert drawn == {name: counters[index] for index, name in enumerate("abc")}
+        assert count == counters[number]
+        counters[number] += 1
+
+
+def test_large_shares_are_exact():
+    # The products are beyond 64 bits: the shares are of 10^15.
+    order = SampleOrder({"a": 10**9, "b": 10**9}, {"a": 0.123456789012345, "b": 0.4}, seed=0)
+    first = 10**12
+    before, after = order.drawn_before(first), order.drawn_before(first + 1000)
+    counts = collections.Counter(place.source for place in order.places(range(first, first + 1000)))
+    assert counts == {name: after[name] - before[name] for name in "ab"}
+    exact = Fraction(0.123456789012345) / (Fraction(0.123456789012345) + Fraction(0.4))
+    assert abs(before["a"] - first * exact) < 1
+
+
+@pytest.mark.parametrize("weights", [{"a": 3, "b": 1}, {"a": 1, "b": 0}, {"a": 1, "b": 5}])
+def test_first_repeat(weights):
+    order = SampleOrder({"a": 20, "b": 9}, weights, seed=1)
+    places = order.places(range(40))
+    epochs = [place.epoch for place in places]
+    assert order.first_repeat() == epochs.index(1)
+
+
+def test_positions_pass_over_ranges():
+    positions = Positions([(7, 9), (3, 5), (4, 6), (9, 10), (20, 20)])
+    expected = [p for p in range(30) if p not in {3, 4, 5, 7, 8, 9}]
+    assert positions(np.arange(24)).tolist() == expected
+    for count, position in enumerate(expected):
+        assert positions.consumed_before(position) == count
+    assert positions.consumed_before(8) == positions.consumed_before(10) == 4
+    assert Positions([(0, 5)])(np.array([0, 2**40])).tolist() == [5, 2**40 + 5]
+    assert Positions([])(np.array([0, 7])).tolist() == [0, 7]
 
 
 def test_positions_may_be_asked_in_any_order():

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from clip_jax.config.schema import AugmentConfig, ImageTowerConfig
 from clip_jax.data.preprocess import Preprocess, blank_inputs, evaluation_inputs, training_inputs
+from clip_jax.data.record import BadSampleError
 from clip_jax.data.transforms import evaluation_image, training_view
 
 VIT = ImageTowerConfig(image_size=24, patch_size=8)
@@ -165,6 +166,13 @@ def unpatched(inputs, config: ImageTowerConfig) -> np.ndarray:
     return patches.transpose(0, 2, 1, 3, 4).reshape(rows * side, columns * side, 3)
 
 
+def assert_near(view: np.ndarray, expected: np.ndarray, bound: float = 1.5) -> None:
+    """Training resamples nearly as Pillow does; turned about, the view is something else."""
+    assert view.shape == expected.shape
+    distance, turned = (np.abs(x - expected.astype(float)).mean() for x in (view, view[::-1]))
+    assert distance < bound < turned
+
+
 def test_naflex_inputs_keep_the_aspect_ratio():
     inputs = evaluation_inputs(drawing(90, 30), NAFLEX, "crop")
     assert inputs["patches"].shape == (43, 48)
@@ -178,12 +186,37 @@ def test_naflex_training_is_the_whole_picture():
     data, crops = encoded(drawing(90, 30)), AugmentConfig(crop_scale=(0.1, 0.2))
     rng = np.random.default_rng(0)
     inputs = training_inputs(data, NAFLEX, "crop", crops, rng)
-    assert equal(inputs, evaluation_inputs(drawing(90, 30), NAFLEX, "crop"))
+    evaluated = evaluation_inputs(drawing(90, 30), NAFLEX, "crop")
+    for name in ("patch_mask", "spatial_shapes"):
+        assert (inputs[name] == evaluated[name]).all()
+    assert_near(unpatched(inputs, NAFLEX), unpatched(evaluated, NAFLEX))
+
+
+@pytest.mark.parametrize("decode", ["fast", "exact"])
+@pytest.mark.parametrize("shape", [(512, 342), (342, 512), (90, 60), (11, 7), (400, 21)])
+def test_naflex_training_views_of_jpegs(shape, decode):
+    stream = io.BytesIO()
+    photos()[1].resize(shape).save(stream, "JPEG", quality=95)
+    config = dataclasses.replace(NAFLEX, patch_size=8, max_num_patches=400)
+    rng = np.random.default_rng(0)
+    inputs = training_inputs(stream.getvalue(), config, "crop", STILL, rng, decode=decode)
+    evaluated = Preprocess(config)(stream.getvalue())
+    assert (inputs["spatial_shapes"] == evaluated["spatial_shapes"]).all()
+    assert_near(unpatched(inputs, config), unpatched(evaluated, config), 3)
+
+
+def test_naflex_training_rejects_what_does_not_fit():
+    one = dataclasses.replace(NAFLEX, max_num_patches=1)
+    data = encoded(Image.new("L", (4_200_000, 1)))
+    with pytest.raises(BadSampleError, match="do not fit 1 patches") as error:
+        training_inputs(data, one, "crop", STILL, np.random.default_rng(0))
+    assert error.value.reason == "image"
 
 
 def test_naflex_training_flips_and_recolors():
     data = encoded(drawing(90, 30))
-    plain = unpatched(evaluation_inputs(drawing(90, 30), NAFLEX, "crop"), NAFLEX)
+    rng = np.random.default_rng(0)
+    plain = unpatched(training_inputs(data, NAFLEX, "crop", STILL, rng), NAFLEX)
     flipped, gray = (
         unpatched(
             training_inputs(
@@ -213,14 +246,17 @@ def test_naflex_views_of_objects_are_squares():
 
 
 def test_training_views_use_the_towers_interpolation():
-    data = encoded(drawing())
+    data, views = encoded(drawing()), set()
     for interpolation in ("bicubic", "bilinear"):
         config = dataclasses.replace(VIT, interpolation=interpolation)
-        inputs = training_inputs(data, config, "crop", STILL, np.random.default_rng(0))
-        view = training_view(
-            data, "crop", STILL, 24, np.random.default_rng(0), interpolation=interpolation
-        )
-        assert (inputs["image"] == view).all()
+        for decode in ("fast", "exact"):
+            way = {"decode": decode, "interpolation": interpolation}
+            rngs = [np.random.default_rng(0) for _ in range(2)]
+            inputs = training_inputs(data, config, "crop", STILL, rngs[0], decode=decode)
+            view = training_view(data, "crop", STILL, 24, rngs[1], **way)
+            assert (inputs["image"] == view).all()
+            views.add(view.tobytes())
+    assert len(views) == 2  # a PNG is decoded exactly either way
 
 
 def test_blank_sequences_are_not_empty():

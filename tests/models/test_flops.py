@@ -77,6 +77,14 @@ def test_text_flops_are_what_xla_counts(config, changes):
     assert 0.95 < ratio < 1.12
 
 
+def test_flops_of_packed_text_are_what_xla_counts():
+    model = small_model(text=TEXT, embed_dim=256)
+    tokens = jax.ShapeDtypeStruct((2, 3, TEXT.context_length), jnp.int32)
+    inputs = {"tokens": tokens, "segments": tokens, "eot": jax.ShapeDtypeStruct((2, 4), jnp.int32)}
+    analytic = BATCH * forward_flops(model, rows_per_text=3 / 4)[1]
+    assert 0.95 < counted(CLIP.encode_text, model, inputs) / analytic < 1.12
+
+
 @pytest.mark.parametrize(
     ("projection", "expected"),
     [("none", 0), ("linear", 2 * 32 * 16), ("linear_bias", 2 * 32 * 16), ("mlp", 2 * 24 * 48)],

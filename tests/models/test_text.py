@@ -1,16 +1,21 @@
 """Transformer text towers against transformers' SigLIP and open_clip's, with random weights."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small import mesh_of
 
 from clip_jax.config import TextTowerConfig, UserError
+from clip_jax.data.packing import pack_captions
 from clip_jax.models import Execution, TextTransformer, unit_length
 from clip_jax.models.text import real_tokens
+from clip_jax.parallel import batch_sharding, replicated
 
 CONFIG = TextTowerConfig(
     vocab_size=64, eot_id=63, context_length=8, width=32, depth=2, num_heads=2, mlp_ratio=3.0
@@ -31,14 +36,33 @@ for row, length in zip(TOKENS, LENGTHS, strict=True):
     row[length - 1 :] = [63] + [0] * (8 - length)
 
 
+# The same captions twice, in groups of four: one row is full, one holds two, one has padding.
+ORDER = [0, 1, 2, 3, 3, 0, 1, 2]
+PACKED = pack_captions(
+    [TOKENS[i, : LENGTHS[i]].tolist() for i in ORDER],
+    group_size=4,
+    rows=4,
+    row_length=8,
+    pad_id=7,
+)
+
+
 def tower(config=CONFIG, execution=None):
     return TextTransformer(config, execution or Execution(), rngs=nnx.Rngs(0))
 
 
-def apply(config, params, tokens):
+def model_of(config, params):
     graph, state = nnx.split(jax.eval_shape(lambda: tower(config)))
     nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graph, state)(tokens)
+    return nnx.merge(graph, state)
+
+
+def apply(config, params, tokens):
+    return model_of(config, params)(tokens)
+
+
+def packed(model):
+    return model.packed(PACKED.tokens, PACKED.segments, PACKED.eot)
 
 
 def stacked(values, prefix, names, config):
@@ -166,6 +190,9 @@ def test_equals_open_clip(causal):
         expected = peer.eval()(torch.from_numpy(TOKENS).long())[0].numpy()
     pooled, _ = jax.jit(lambda p: apply(config, p, TOKENS))(params)
     np.testing.assert_allclose(unit_length(pooled), unit_length(expected), atol=1e-5)
+    if causal:
+        pooled = jax.jit(lambda p: packed(model_of(config, p)))(params)
+        np.testing.assert_allclose(unit_length(pooled), unit_length(expected[ORDER]), atol=1e-5)
 
 
 def test_pooling():
@@ -202,6 +229,64 @@ def test_rows_may_be_shorter_than_the_context_and_not_longer():
         UserError, match="rows of 16 tokens do not fit the tower's context_length 8"
     ):
         model(np.concatenate([TOKENS, TOKENS], axis=1))
+
+
+def test_packed_captions_have_the_features_and_gradients_of_padded_ones():
+    """Rows of padding alone are among them, whose tokens are words: nothing of it gets out."""
+    assert (PACKED.segments == 0).all(axis=2).any()
+    assert len(np.unique(PACKED.segments)) == 3
+    model = tower()
+
+    def loss(pooled):
+        return (pooled**3).sum(), pooled
+
+    @jax.jit
+    def run(model):
+        return (
+            jax.grad(lambda m: loss(m(TOKENS[ORDER])[0]), has_aux=True)(model),
+            jax.grad(lambda m: loss(packed(m)), has_aux=True)(model),
+        )
+
+    (gradients, pooled), (packed_gradients, packed_pooled) = run(model)
+    assert packed_pooled.dtype == jnp.float32
+    np.testing.assert_allclose(packed_pooled, pooled, atol=1e-5)
+    norm = np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(gradients)))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * norm),
+        packed_gradients,
+        gradients,
+    )
+
+
+def test_packed_rows_are_no_longer_than_the_context():
+    model = tower(dataclasses.replace(CONFIG, context_length=7))
+    with pytest.raises(UserError, match="rows of 8 tokens do not fit"):
+        packed(model)
+
+
+def test_hidden_states_of_packed_captions_stay_on_their_device():
+    """On eight devices what moves is the gradient of the parameters, as many bytes as they have."""
+    mesh = mesh_of(data=8)
+    model = jax.eval_shape(lambda: tower(dataclasses.replace(CONFIG, depth=1)))
+
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
+
+    def loss(model, tokens, segments, eot):
+        pooled = model.packed(tokens, segments, eot)
+        return (pooled**3).sum(), pooled
+
+    gradient = jax.jit(
+        jax.grad(loss, has_aux=True),
+        in_shardings=(replicated(mesh), *3 * [batch_sharding(mesh)]),
+        out_shardings=(replicated(mesh), batch_sharding(mesh)),
+    )
+    text = gradient.lower(model, array(16, 3, 8), array(16, 3, 8), array(16, 4)).compile().as_text()
+    moved = re.findall(r" = (.*?) ([a-z-]+)\(.*replica_groups", text)
+    assert {opcode.removesuffix("-start") for _, opcode in moved} == {"all-reduce"}
+    shapes = [dims for result, _ in moved for dims in re.findall(r"f32\[([\d,]*)\]", result)]
+    elements = sum(math.prod(int(n) for n in dims.split(",") if n) for dims in shapes)
+    assert elements == sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,36 @@ import numpy as np
 import pytest
 from small import mesh_of, small_batch, small_config, small_model
 
-from clip_jax.config import LossConfig
+from clip_jax.config import ConfigError, LossConfig
+from clip_jax.config.schema import PackingConfig
+from clip_jax.data.packing import pack_captions
+from clip_jax.data.text_inputs import text_ids
+from clip_jax.models import forward_flops
 from clip_jax.objectives import dense_softmax_contrastive_loss
 from clip_jax.parallel import to_global_batch
 from clip_jax.tasks import ContrastiveTask
+
+
+def with_packing(config, group_size, rows):
+    packing = PackingConfig(group_size=group_size, rows=rows)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, packing=packing))
+
+
+def packed(config, batch):
+    """The same batch with its captions packed, as `data.text_inputs.PackedText` does it."""
+    packing, text = config.data.packing, config.model.text
+    ends = (batch["tokens"] == text.eot_id).argmax(axis=1)
+    ids = [row[: end + 1].tolist() for row, end in zip(batch["tokens"], ends, strict=True)]
+    rows = pack_captions(
+        ids,
+        group_size=packing.group_size,
+        rows=packing.rows,
+        row_length=text.context_length,
+        pad_id=text.pad_id,
+    )
+    assert rows.num_cut == 0
+    arrays = {"tokens": rows.tokens, "segments": rows.segments, "eot": rows.eot}
+    return batch | arrays | {"text_id": text_ids(ids)}
 
 
 def loss_and_gradients(config, mesh, batch):
@@ -48,6 +74,26 @@ def one_device():
 def test_mesh_microbatches_and_remat_change_nothing(one_device, mesh, changes):
     config, batch, (loss, metrics, gradients) = one_device
     other = loss_and_gradients(dataclasses.replace(config, **changes), mesh_of(*mesh), batch)
+    np.testing.assert_allclose(other[0], loss, rtol=1e-6)
+    assert other[1].keys() == metrics.keys()
+    norm = np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(gradients)))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * norm), other[2], gradients
+    )
+
+
+@pytest.mark.parametrize(
+    ("mesh", "group_size", "rows", "changes"),
+    [
+        # No two captions are equal: to exclude those that are changes nothing.
+        ((8, 1, 1), 4, 4, {"loss": LossConfig(duplicates="exclude")}),
+        ((2, 2, 2), 2, 2, {"microbatches": 4, "remat": "dots"}),
+    ],
+)
+def test_packed_captions_change_nothing(one_device, mesh, group_size, rows, changes):
+    config, batch, (loss, metrics, gradients) = one_device
+    config = with_packing(dataclasses.replace(config, **changes), group_size, rows)
+    other = loss_and_gradients(config, mesh_of(*mesh), packed(config, batch))
     np.testing.assert_allclose(other[0], loss, rtol=1e-6)
     assert other[1].keys() == metrics.keys()
     norm = np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(gradients)))
@@ -111,9 +157,25 @@ def test_batch_spec_matches_the_batch():
     config = small_config()
     spec = ContrastiveTask(config, mesh_of()).batch_spec()
     batch = small_batch(config)
-    assert {k: (v.shape, v.dtype) for k, v in spec.items()} == {
-        k: (v.shape, v.dtype) for k, v in batch.items()
-    }
+    assert shapes(spec) == shapes(batch)
+    config = with_packing(config, group_size=8, rows=7)
+    assert shapes(ContrastiveTask(config, mesh_of()).batch_spec()) == shapes(packed(config, batch))
+    with pytest.raises(ConfigError, match=r"packing.rows is chosen .* at most group_size 8"):
+        ContrastiveTask(with_packing(config, group_size=8, rows=None), mesh_of()).batch_spec()
+
+
+def shapes(arrays):
+    return {name: (array.shape, array.dtype) for name, array in arrays.items()}
+
+
+def test_flops_of_text_are_those_of_its_rows():
+    config = small_config()
+    padded, packed = (
+        ContrastiveTask(c, mesh_of()).flops() for c in (config, with_packing(config, 8, 6))
+    )
+    projection = 2 * config.model.text.width * config.model.embed_dim
+    text = forward_flops(config.model)[1] - projection
+    assert packed == padded - 3 * text // 4
 
 
 def test_flops_are_what_xla_counts():
@@ -168,8 +230,12 @@ def test_activation_memory_falls_with_the_microbatches():
 
 def test_a_batch_that_microbatches_do_not_divide_is_told():
     config = small_config(microbatches=3)
+    batch = small_batch(config)
     with pytest.raises(ValueError, match="32 is not divisible by 3 microbatches x 2"):
-        loss_and_gradients(config, mesh_of(2), small_batch(config))
+        loss_and_gradients(config, mesh_of(2), batch)
+    config = with_packing(small_config(microbatches=2), group_size=16, rows=16)
+    with pytest.raises(ValueError, match="32 in groups of 16 is not divisible by 2 micro"):
+        loss_and_gradients(config, mesh_of(2), packed(config, batch))
 
 
 def test_sigmoid_loss_learns_a_bias():

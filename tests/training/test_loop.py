@@ -74,7 +74,7 @@ def saved_steps(workdir: Workdir) -> list[int]:
 def facts(workdir: Workdir) -> list[dict]:
     """The metrics without what a clock says."""
     return [
-        {k: v for k, v in line.items() if k not in CLOCK_FIELDS}
+        {k: v for k, v in line.items() if k not in CLOCK_FIELDS and not k.endswith("_ms")}
         for line in read_metrics(workdir.metrics)
     ]
 

@@ -4,13 +4,21 @@ import pytest
 from small import small_config, small_model
 
 from clip_jax.checkpoint import Workdir
-from clip_jax.config import ConfigError, DataConfig, TokenizerConfig, UserError
-from clip_jax.data.record import Record
+from clip_jax.config import ConfigError, DataConfig, SourceConfig, TokenizerConfig, UserError
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.training.vocabulary import prepare_tokenizer
 
 CAPTIONS = ["A Red Fox", "a grey fox", "the snow"] * 4
-SOURCES = {"pairs": [Record(b"", (caption,), str(row)) for row, caption in enumerate(CAPTIONS)]}
+
+
+class Captions(list):
+    """A source without pictures."""
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return (self[index],)
+
+
+SOURCES = {"pairs": Captions(CAPTIONS)}
 
 
 @pytest.fixture
@@ -30,6 +38,14 @@ def test_bpe_is_trained_on_the_sources(workdir, lowercase):
     tokenizer = prepare_tokenizer(config_of(kind="bpe", lowercase=lowercase), SOURCES, workdir)
     expected = Tokenizer.train(CAPTIONS, 300, lowercase)
     assert tokenizer.to_json() == expected.to_json()
+
+
+def test_bpe_needs_random_access(workdir):
+    config = config_of(kind="bpe")
+    sources = {"pairs": SourceConfig(path="a.tar", access="stream")}
+    data = dataclasses.replace(config.data, sources=sources)
+    with pytest.raises(UserError, match="clip-jax tokenizer train"):
+        prepare_tokenizer(dataclasses.replace(config, data=data), {}, workdir)
 
 
 def test_clip_comes_with_the_package(workdir):

@@ -7,6 +7,7 @@ names, pax paths and sizes, base-256 sizes. Source: POSIX.1-2017 `pax`, and the 
 "Basic Tar Format".
 """
 
+import sys
 import zlib
 from collections.abc import Callable, Generator
 from typing import NamedTuple
@@ -19,6 +20,7 @@ _NO_DATA = b"123456"  # links, devices, directories, pipes: no data whatever the
 _EXTENSIONS = b"xgLK"  # pax, global pax, GNU long name, GNU long link: belong to the next header
 _PAX, _LONG_NAME, _SPARSE = b"xLS"
 _ADLER_MODULUS = 65521
+_MAX_RECORD = 2**20  # bytes of a name or of pax records: they are held in memory
 
 
 class TarError(Exception):
@@ -31,12 +33,13 @@ class TarError(Exception):
 
 
 class Member(NamedTuple):
-    """A regular file in the archive. All figures are in bytes from the start of the archive."""
+    """A regular file in the archive. All offsets are in bytes from the start of the archive."""
 
     name: bytes
     start: int  # of its first header: a long name or a pax record comes before the header proper
     data: int
     size: int
+    header: bytes  # the header proper: the BLOCK before the data
 
 
 def walk(pread: Callable[[int, int], bytes], length: int) -> Generator[Member, None, bool]:
@@ -70,10 +73,14 @@ def walk(pread: Callable[[int, int], bytes], length: int) -> Generator[Member, N
                 raise TarError(
                     offset, f"the file ends inside a member ({length - data} of {size} bytes)"
                 )
+            if size > _MAX_RECORD and flag in (_LONG_NAME, _PAX):
+                raise TarError(offset, f"a long name or pax record of {size} bytes")
+            # Where several precede a member, the first holds, as in `tarfile`.
             if flag == _LONG_NAME:
-                long_name = pread(size, data).split(b"\0", 1)[0]
+                long_name = long_name or pread(size, data).split(b"\0", 1)[0]
             elif flag == _PAX:
-                pax = _pax_records(pread(size, data), offset)
+                pax = _pax_records(pread(size, data), offset) | pax
+                long_name = long_name or pax.get(b"path")
             offset = data + -(-size // BLOCK) * BLOCK
             continue
         if flag == _SPARSE or (pax and any(key.startswith(b"GNU.sparse") for key in pax)):
@@ -87,8 +94,7 @@ def walk(pread: Callable[[int, int], bytes], length: int) -> Generator[Member, N
                 offset, f"the file ends inside a member ({length - data} of {size} bytes)"
             )
         if flag in _REGULAR:
-            name = pax.get(b"path") or long_name or _short_name(header)
-            yield Member(name, start, data, size)
+            yield Member(long_name or short_name(header), start, data, size, header)
         offset = start = data + -(-size // BLOCK) * BLOCK
         long_name = None
         if pax:
@@ -98,10 +104,11 @@ def walk(pread: Callable[[int, int], bytes], length: int) -> Generator[Member, N
     return False
 
 
-def first_member(buffer: bytes) -> Member:
-    """Parse the member whose first header starts the buffer. Raises TarError if there is none."""
-    for member in walk(lambda num_bytes, offset: buffer[offset : offset + num_bytes], len(buffer)):
-        return member
+def first_name(headers: bytes) -> bytes:
+    """The name of the member that begins with these headers. Raises TarError if none does."""
+    # However long the member is.
+    for member in walk(lambda count, offset: headers[offset : offset + count], sys.maxsize):
+        return member.name
     raise TarError(0, "no member")
 
 
@@ -140,7 +147,8 @@ def _number(field: bytes, offset: int, base: int = 8) -> int:
         raise TarError(offset, "not a tar header: a damaged number field") from None
 
 
-def _short_name(header: bytes) -> bytes:
+def short_name(header: bytes) -> bytes:
+    """The name in a header proper: not the member's where a long name or pax path precedes it."""
     name = header[:100].split(b"\0", 1)[0]
     # GNU's own format ("ustar  ") keeps times where POSIX ("ustar\0") keeps the prefix.
     if header[345] and header[257:263] == b"ustar\0":
@@ -157,7 +165,7 @@ def _pax_records(data: bytes, offset: int) -> dict[bytes, bytes]:
         digits = data[position:blank]
         end = position + int(digits) if blank > 0 and digits.isdigit() and len(digits) < 20 else 0
         key, equals, value = data[blank + 1 : end - 1].partition(b"=")
-        if not blank < end <= len(data) or not equals or data[end - 1] != 0x0A:
+        if not 0 < blank < end <= len(data) or not equals or data[end - 1] != 0x0A:
             raise TarError(offset, "a damaged pax record")
         records[key] = value
         position = end

@@ -1,233 +1,295 @@
-"""The index of a webdataset tar: where each sample's members lie.
+"""Indexes of webdataset tars: built once, in parallel, kept in files.
 
-One `.npy` file per tar, named by a hash of the tar's path, size and modification time, so a tar
-that changes gets a new index and one that stays is never scanned again; and one per list of tars,
-joined from these, which is what a source maps into memory.
+Each tar has an index file, named by a hash of its path: a tar that changed is scanned again, one
+that has gone keeps its rows. It is written as soon as its tar is scanned, so that a build that was
+stopped goes on where it was. A list of tars has two files more: a table of the tars' heads, and
+their rows, joined, which is what a source reads.
 """
 
 import hashlib
 import logging
 import os
-import tempfile
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clip_jax.config.errors import UserError
-from clip_jax.data.sources.tar_headers import Member, TarError, walk
+from clip_jax.data.record import BadSampleError
+from clip_jax.data.sources.files import FileInfo, is_remote
+from clip_jax.data.sources.stored_arrays import replacing, write_header
+from clip_jax.data.sources.tar_index_files import (
+    HEAD,
+    absolute,
+    fits,
+    index_file,
+    load,
+    load_beside,
+    load_head,
+    of_scan,
+    read_array,
+    save,
+    with_version,
+    write_beside,
+)
+from clip_jax.data.sources.tar_paths import expand_path
+from clip_jax.data.sources.tar_scan import NUM_FIELDS, scan
+from clip_jax.data.sources.tar_versions import current_versions
 
 logger = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = frozenset({b"jpg", b"jpeg", b"png", b"webp"})
-# Starts and lengths in bytes; each stretch holds a member's headers and its data. Length 0: the
-# sample has no such member. 36 bytes a sample.
-INDEX_DTYPE = np.dtype(
-    [
-        ("image_start", "<i8"),
-        ("text_start", "<i8"),
-        ("json_start", "<i8"),
-        ("image_bytes", "<u4"),
-        ("text_bytes", "<u4"),
-        ("json_bytes", "<u4"),
-    ]
-)
-_VERSION = 1  # of the format and of the scan: part of the hash
-_WINDOW = 4096  # bytes per read: a caption, its header and the next header mostly fit in one
-# More threads than cores: on network storage a scan waits for the disk, not for the processor.
-_SCAN_THREADS = 8
+# More threads than cores: on network storage a scan waits for the disk, not for the processor. A
+# remote scan holds 4 MiB.
+_LOCAL_THREADS = 8
+_REMOTE_THREADS = 16
+_TARS_PER_PROCESS = 8  # fewer are not worth the second that starting a process takes
+_LOG_SECONDS = 10.0
+# Files of stores that cannot be listed (https) that are looked up where all have an index.
+_NUM_CHECKED = 64
 
-
-@dataclass(slots=True)
-class _Sample:
-    """The members seen so far of one sample: extension kind -> (start, length)."""
-
-    key: bytes
-    extensions: set[bytes] = field(default_factory=set)
-    image: tuple[int, int] = (0, 0)
-    text: tuple[int, int] = (0, 0)
-    json: tuple[int, int] = (0, 0)
-
-    def add(self, extension: bytes, member: Member) -> None:
-        if extension in self.extensions:
-            raise TarError(member.start, f"the name {member.name.decode(errors='replace')} twice")
-        self.extensions.add(extension)
-        stretch = (member.start, member.data + member.size - member.start)
-        if stretch[1] >= 2**32:  # no picture; the index has 32 bits for it
-            return
-        if extension in IMAGE_EXTENSIONS:
-            self.image = self.image if self.image[1] else stretch
-        elif extension == b"txt":
-            self.text = stretch
-        elif extension == b"json":
-            self.json = stretch
-
-    def row(self) -> tuple[int, int, int, int, int, int] | None:
-        """The sample's row in the index, or None where it lacks an image or a caption."""
-        if not self.image[1] or not (self.text[1] or self.json[1]):
-            return None
-        starts, lengths = zip(self.image, self.text, self.json, strict=True)
-        return (*starts, *lengths)
-
-
-def split_name(name: bytes) -> tuple[bytes, bytes] | None:
-    """Split a member name into key and lower-case extension as webdataset does, or return None.
-
-    The key is all up to the first dot of the last path component; a name without extension, a
-    hidden file (`._001.jpg`) and a meta file (`__meta__.json`) belong to no sample.
-    """
-    directory, slash, base = name.rpartition(b"/")
-    stem, dot, extension = base.partition(b".")
-    if not dot or not stem or (stem[:2] == b"__" and stem[-2:] == b"__"):
-        return None
-    return directory + slash + stem, extension.lower()
-
-
-def scan(path: str) -> tuple[NDArray[np.void], int]:
-    """Scan a tar's headers. Return its index rows [n] and the number of samples left out of it.
-
-    Raises UserError naming the file, the offset and the whole samples before it if the archive is
-    damaged, cut short or compressed.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    rows: list[tuple[int, int, int, int, int, int]] = []
-    skipped = 0
-    sample = _Sample(b"")
-    members = walk(_WindowedReader(descriptor), os.fstat(descriptor).st_size)
-    try:
-        for member in _warn_without_end(members, path):
-            parts = split_name(member.name)
-            if parts is None:
-                continue
-            if parts[0] != sample.key:
-                row = sample.row()
-                if row is not None:
-                    rows.append(row)
-                elif sample.extensions:
-                    skipped += 1
-                sample = _Sample(parts[0])
-            sample.add(parts[1], member)
-    except TarError as error:
-        whole = len(rows) + (sample.row() is not None)
-        raise UserError(
-            f"{path}: {error.reason} at byte {error.offset}, after {whole} whole samples; "
-            "fetch or write this tar again, or leave it out of the path"
-        ) from None
-    finally:
-        os.close(descriptor)
-    row = sample.row()
-    if row is not None:
-        rows.append(row)
-    elif sample.extensions:
-        skipped += 1
-    return np.array(rows, dtype=INDEX_DTYPE), skipped
-
-
-def index_file(path: str, index_dir: Path) -> Path:
-    """Where the index of the tar at `path` is kept. Raises FileNotFoundError without the tar."""
-    absolute = os.path.abspath(path)
-    stat = os.stat(absolute)
-    identity = f"{_VERSION}\0{absolute}\0{stat.st_size}\0{stat.st_mtime_ns}"
-    return (
-        index_dir
-        / f"{hashlib.sha256(identity.encode(errors='surrogateescape')).hexdigest()[:32]}.npy"
-    )
+Progress = Callable[[int, int], None]  # tars done, tars to do
 
 
 class SetIndex(NamedTuple):
     """The index of a list of tars: one file of rows, so that it costs a process one descriptor."""
 
-    rows_file: Path  # .npy, INDEX_DTYPE [n], the tars' rows one after another
+    rows_file: Path  # .npy, uint32 [10 n]: the tars' rows one after another; see `tar_scan.ROW`
     counts: NDArray[np.int64]  # samples of each tar
     num_skipped: int  # samples without image or caption
+    damaged: list[tuple[str, str]]  # path, and why and where it cannot be read on
+    gone: list[str]  # tars that are not there any more
+    num_scanned: int  # tars that had no index that fits
 
 
-def build_indexes(paths: Sequence[str], index_dir: Path) -> SetIndex:
-    """Index a list of tars, scanning only those that were not scanned before.
+class IndexSummary(NamedTuple):
+    """What `index_tars` did."""
 
-    Raises UserError for a damaged tar.
+    num_tars: int
+    num_scanned: int  # the others had an index that fits
+    num_samples: int
+    num_skipped: int  # samples without image or caption
+    damaged: list[tuple[str, str]]  # path, and why and where it cannot be read on
+    seconds: float
+
+
+def index_tars(
+    path: str,
+    cache_dir: Path,
+    *,
+    beside: bool = False,
+    retries: int = 3,
+    progress: Progress | None = None,
+) -> IndexSummary:
+    """Index the tars of a path, as `WebdatasetSource` does when it opens them; see `build_indexes`.
+
+    path: see `expand_path`. cache_dir: as given to `open_source`. Local tars are scanned in as many
+    processes as there are cores.
+
+    Raises UserError where the path names no files, or one cannot be read.
     """
+    started = time.monotonic()
+    paths = expand_path(path)
+    index = build_indexes(
+        paths,
+        cache_dir / "index",
+        beside=beside,
+        retries=retries,
+        progress=progress,
+        num_processes=os.cpu_count() or 1,
+    )
+    return IndexSummary(
+        num_tars=len(paths),
+        num_scanned=index.num_scanned,
+        num_samples=int(index.counts.sum()),
+        num_skipped=index.num_skipped,
+        damaged=index.damaged,
+        seconds=time.monotonic() - started,
+    )
+
+
+def build_indexes(
+    paths: Sequence[str],
+    index_dir: Path,
+    *,
+    beside: bool = False,
+    retries: int = 3,
+    progress: Progress | None = None,
+    num_processes: int = 1,
+) -> SetIndex:
+    """Index a list of tars, scanning only those without an index that fits.
+
+    An index fits if the tar has the size and version (local: modification time; remote: ETag or the
+    like) that it was made from. One that lies beside its tar (`X.tar.index.npy`) is taken too; see
+    `fits`. Of tars by https that were indexed before, 64 are looked up; of all others, all.
+
+    beside: write the indexes beside the tars as well. progress: called after each tar that is done.
+    num_processes: for local tars, if many are to be scanned and this is more than 2; else threads.
+
+    Raises UserError for tars that are not there and were never indexed, and where a store cannot be
+    read or written.
+    """
+    names = "\0".join(map(absolute, paths)).encode(errors="surrogateescape")
+    identity = hashlib.sha256(names).hexdigest()
+    table_file = index_dir / f"set-{identity[:32]}.npy"
+    table = _load_table(table_file, len(paths))
+    if table is not None and not beside:
+        versions = current_versions(paths, retries, at_most=_NUM_CHECKED)
+        rows_file = _rows_file(index_dir, identity, table)
+        if rows_file.exists() and all(map(fits, table, versions)):
+            return _set_index(paths, versions, table, rows_file, num_scanned=0)
+    versions = current_versions(paths, retries)
     files = [index_file(path, index_dir) for path in paths]
-    identity = hashlib.sha256("".join(file.name for file in files).encode()).hexdigest()[:32]
-    rows_file = index_dir / f"set-{identity}.npy"
-    counts_file = index_dir / f"set-{identity}-counts.npy"
-    if not rows_file.exists():
-        missing = {file: path for file, path in zip(files, paths, strict=True) if not file.exists()}
-        if missing:
-            logger.info("indexing %d of %d tars into %s", len(missing), len(paths), index_dir)
-            index_dir.mkdir(parents=True, exist_ok=True)
-            with ThreadPoolExecutor(min(_SCAN_THREADS, len(missing))) as pool:
-                list(pool.map(_build, missing.values(), missing.keys()))
-        _join(files, rows_file, counts_file)
-    counts = np.load(counts_file)
-    return SetIndex(rows_file, counts[:, 0], int(counts[:, 1].sum()))
+    num_scanned = _build(paths, files, versions, retries, progress, num_processes)
+    if beside:
+        present = [number for number, version in enumerate(versions) if version is not None]
+        arguments = [(paths[number], files[number], retries) for number in present]
+        _in_parallel(_put_beside, arguments, ThreadPoolExecutor(_REMOTE_THREADS), None)
+    table = _join(files, index_dir, identity)
+    with replacing(table_file) as stream:
+        np.save(stream, table)
+    rows_file = _rows_file(index_dir, identity, table)
+    return _set_index(paths, versions, table, rows_file, num_scanned)
 
 
-def _build(path: str, file: Path) -> None:
-    rows, skipped = scan(path)
-    # Row 0 holds the count of samples left out: an .npy file can be mapped, an .npz cannot.
-    stored = np.zeros(len(rows) + 1, INDEX_DTYPE)
-    stored[1:] = rows
-    stored["image_start"][0] = skipped
-    with _replacing(file) as temporary:
-        np.save(temporary, stored)
-
-
-def _join(files: Sequence[Path], rows_file: Path, counts_file: Path) -> None:
-    parts = [np.load(file, mmap_mode="r") for file in files]
-    counts = np.array([(len(part) - 1, part["image_start"][0]) for part in parts], np.int64)
-    with _replacing(counts_file) as temporary:
-        np.save(temporary, counts)
-    with _replacing(rows_file) as temporary:
-        np.lib.format.write_array_header_1_0(
-            temporary,
-            {
-                "descr": INDEX_DTYPE.descr,
-                "fortran_order": False,
-                "shape": (int(counts[:, 0].sum()),),
-            },
+def _build(
+    paths: Sequence[str],
+    files: Sequence[Path],
+    versions: Sequence[FileInfo | None],
+    retries: int,
+    progress: Progress | None,
+    num_processes: int,
+) -> int:
+    """Write the index files that are not there or do not fit. Return the number of scans."""
+    todo: dict[str, int] = {}  # a tar that is listed twice is scanned once
+    missing: list[str] = []
+    for number, (path, file, version) in enumerate(zip(paths, files, versions, strict=True)):
+        head = load_head(file)
+        if head is not None and fits(head, version):
+            continue
+        if version is None:
+            missing.append(path)
+        else:
+            todo[path] = number
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(paths)} tar files do not exist, the first: "
+            f"{absolute(missing[0])}; check the path and the brace range"
         )
-        for part in parts:
-            temporary.write(part[1:].tobytes())
+    if not todo:
+        return 0
+    logger.info("indexing %d of %d tars into %s", len(todo), len(paths), files[0].parent)
+    arguments = [(path, files[number], versions[number], retries) for path, number in todo.items()]
+    executor = _executor(list(todo), num_processes)
+    return sum(_in_parallel(_index_tar, arguments, executor, progress))
 
 
-@contextmanager
-def _replacing(file: Path) -> Iterator[IO[bytes]]:
-    """Write a file whole or not at all: processes may build the same index at the same time."""
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=".index-")
+def _executor(paths: Sequence[str], num_processes: int) -> Executor:
+    remote = any(map(is_remote, paths))
+    num_processes = min(num_processes, len(paths) // _TARS_PER_PROCESS)
+    if num_processes > 2 and not remote:
+        # A scan is Python: threads share one core.
+        return ProcessPoolExecutor(num_processes, get_context("spawn"))
+    return ThreadPoolExecutor(_REMOTE_THREADS if remote else _LOCAL_THREADS)
+
+
+def _in_parallel(
+    call: Callable[..., bool],
+    arguments: Sequence[tuple[object, ...]],
+    executor: Executor,
+    progress: Progress | None,
+) -> list[bool]:
+    """Call with each of the arguments; the first error ends it, once those under way are done."""
+    results: list[bool] = []
+    logged = time.monotonic()
+    with executor:
+        futures = [executor.submit(call, *values) for values in arguments]
+        try:
+            for future in as_completed(futures):
+                results.append(future.result())
+                if progress is not None:
+                    progress(len(results), len(futures))
+                if time.monotonic() - logged > _LOG_SECONDS:
+                    logged = time.monotonic()
+                    logger.info("%d of %d tars done", len(results), len(futures))
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+    return results
+
+
+def _index_tar(path: str, file: Path, version: FileInfo, retries: int) -> bool:
+    """Write a tar's index file: from the one beside it if that fits, else by a scan (True)."""
+    found = load_beside(path, retries)
+    if found is not None and fits(found.head, version, beside=True):
+        save(file, with_version(found, version))
+        return False
     try:
-        with os.fdopen(handle, "wb") as stream:
-            yield stream
-        os.replace(name, file)
-    except BaseException:
-        os.unlink(name)
-        raise
+        save(file, of_scan(scan(path, retries), version))
+    except BadSampleError as error:
+        raise UserError(f"{error}; mend it, or leave the tar out of the path") from None
+    return True
 
 
-def _warn_without_end(
-    members: Generator[Member, None, bool], path: str
-) -> Generator[Member, None, None]:
-    if not (yield from members):
-        logger.warning("%s: no end marker; was its writer stopped early?", path)
+def _put_beside(path: str, file: Path, retries: int) -> bool:
+    index = load(file)
+    if index is not None:
+        write_beside(path, index, retries)
+    return index is not None
 
 
-class _WindowedReader:
-    """A `pread(num_bytes, offset)` that reads ahead a little: fewer system calls."""
+def _load_table(file: Path, num_tars: int) -> NDArray[np.void] | None:
+    try:
+        with file.open("rb") as stream:
+            return read_array(stream, HEAD, (num_tars,), str(file))
+    except FileNotFoundError:
+        return None
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._window = b""
-        self._start = 0
 
-    def __call__(self, num_bytes: int, offset: int) -> bytes:
-        position = offset - self._start
-        if not 0 <= position <= len(self._window) - num_bytes:
-            self._window = os.pread(self._descriptor, max(_WINDOW, num_bytes), offset)
-            self._start = offset
-            position = 0
-        return self._window[position : position + num_bytes]
+def _rows_file(index_dir: Path, identity: str, table: NDArray[np.void]) -> Path:
+    """Named by its content: a run keeps its rows when a tar changes and others index it again."""
+    content = hashlib.sha256(identity.encode() + table.tobytes()).hexdigest()
+    return index_dir / f"rows-{content[:32]}.npy"
+
+
+def _join(files: Sequence[Path], index_dir: Path, identity: str) -> NDArray[np.void]:
+    """Write the rows of tars one after another into one file. Return the tars' heads."""
+    heads = [head for file in files if (head := load_head(file)) is not None]
+    table = np.array(heads, HEAD)
+    rows_file = _rows_file(index_dir, identity, table)
+    if not rows_file.exists():
+        with replacing(rows_file) as stream:
+            num_rows = int(table["num_samples"].sum())
+            write_header(stream, np.dtype("<u4"), NUM_FIELDS * num_rows)
+            for file, head in zip(files, table, strict=True):
+                index = load(file)
+                if index is None or index.head != head:
+                    raise UserError(f"{file} changed while it was read; start again")
+                stream.write(index.rows.tobytes())
+    return table
+
+
+def _set_index(
+    paths: Sequence[str],
+    versions: Sequence[FileInfo | None],
+    table: NDArray[np.void],
+    rows_file: Path,
+    num_scanned: int,
+) -> SetIndex:
+    damaged = {
+        path: reason.decode(errors="replace")
+        for path, reason in zip(paths, table["damage"].tolist(), strict=True)
+        if reason
+    }
+    return SetIndex(
+        rows_file,
+        table["num_samples"].astype(np.int64),
+        int(table["num_skipped"].sum()),
+        list(damaged.items()),
+        [path for path, version in zip(paths, versions, strict=True) if version is None],
+        num_scanned,
+    )

@@ -1,0 +1,39 @@
+"""The captions of whole sources, without their images."""
+
+from collections.abc import Iterator, Mapping
+
+from clip_jax.config.errors import UserError
+from clip_jax.data.record import Source
+
+_MAX_TOKENIZER_SAMPLES = 200_000  # of a source: the merges of a BPE have long settled by then
+
+
+def captions(source: Source) -> list[str]:
+    """The first caption of every sample, in order. Raises UserError for a bad sample."""
+    return [_captions(source, row)[0] for row in range(len(source))]
+
+
+def training_captions(sources: Mapping[str, Source]) -> Iterator[str]:
+    """What a tokenizer is trained on: captions of up to 200,000 samples of each source.
+
+    Evenly spread over the source, in the order of the sources' names. Bad samples are passed over:
+    the pipeline reports them.
+    """
+    for name in sorted(sources):
+        stride = -(-len(sources[name]) // _MAX_TOKENIZER_SAMPLES)
+        for row in range(0, len(sources[name]), stride):
+            try:
+                yield from sources[name].captions(row)
+            except UserError:
+                raise
+            except (ValueError, OSError):
+                continue
+
+
+def _captions(source: Source, row: int) -> tuple[str, ...]:
+    try:
+        return source.captions(row)
+    except UserError:
+        raise
+    except (ValueError, OSError) as error:
+        raise UserError(f"bad sample: {source.locate(row)}: {error}; mend it") from None

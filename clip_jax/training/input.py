@@ -1,0 +1,168 @@
+"""What the loop reads: batches, where the run stands in them, and what was bad on the way."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from clip_jax.checkpoint import Workdir
+from clip_jax.config import ExperimentConfig, UserError
+from clip_jax.data.configured_text import configured_text, packing_rows
+from clip_jax.data.pipeline import BatchIterator, training_batches
+from clip_jax.data.record import Source
+from clip_jax.data.sources import open_source
+from clip_jax.data.stream_batches import StreamBatches, local_streams, stream_batches
+from clip_jax.data.tokenizers import Tokenizer
+from clip_jax.parallel import from_first_process
+
+_COUNTS = ("data/bad_", "data/cut_")  # are summed over processes; the other figures are averaged
+
+
+def open_sources(config: ExperimentConfig, cache: Path) -> dict[str, Source]:
+    """The training sources, opened; none where the run streams. Raises as `open_source` does."""
+    data = config.data
+    if data.streams:
+        return {}
+    return {
+        name: open_source(
+            source, cache, retries=data.read_retries, on_bad_sample=data.on_bad_sample
+        )
+        for name, source in data.sources.items()
+    }
+
+
+def describe_sources(config: ExperimentConfig, sources: Mapping[str, Source]) -> str:
+    """How much there is to read, in words."""
+    if config.data.streams:
+        return f"{len(config.data.sources)} sources in {config.data.stream.num_streams} streams"
+    return f"{sum(map(len, sources.values())):,} samples"
+
+
+def keep_packing_rows(config: ExperimentConfig, workdir: Workdir) -> ExperimentConfig:
+    """The config with the rows of a group that the run in `workdir` has measured before."""
+    packing = config.data.packing
+    if not packing.group_size or packing.rows is not None or not workdir.exists():
+        return config
+    return _with_rows(config, workdir.load_config().data.packing.rows)
+
+
+def measure_packing_rows(
+    config: ExperimentConfig, sources: Mapping[str, Source], tokenizer: Tokenizer
+) -> ExperimentConfig:
+    """The config with `data.packing.rows`, chosen from captions where it is not given.
+
+    All processes get what the first one measures. Raises UserError as `packing_rows` does.
+    """
+    rows = packing_rows(config, sources, tokenizer)
+    if rows is None or rows == config.data.packing.rows:
+        return config
+    return _with_rows(config, from_first_process(rows))
+
+
+def _with_rows(config: ExperimentConfig, rows: int | None) -> ExperimentConfig:
+    packing = dataclasses.replace(config.data.packing, rows=rows)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, packing=packing))
+
+
+class TrainingInput:
+    """This process's training batches, endlessly, from a position on; close it to end its threads.
+
+    saved: what `position` returned at the checkpoint that the run goes on from; {}: it begins.
+    bad_samples: JSON lines of the samples that were passed over are appended to this file.
+
+    Raises UserError where the sources hold other samples than when the run began, and as
+    `training_batches` and `stream_batches` do.
+    """
+
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        sources: Mapping[str, Source],
+        tokenizer: Tokenizer,
+        *,
+        first_sample: int,
+        saved: Mapping[str, Any],
+        bad_samples: Path,
+        allow_config_change: bool = False,
+    ) -> None:
+        self._num_samples = {name: len(source) for name, source in sources.items()}
+        if not allow_config_change:
+            _check_same(self._num_samples, saved.get("num_samples", {}))
+        self._bad_samples = bad_samples
+        text = configured_text(config, sources, tokenizer)
+        run: dict[str, Any] = {
+            "image": config.model.image,
+            "seed": config.seed,
+            "global_batch_size": config.global_batch_size,
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+            "start_sample": first_sample,
+        }
+        self._streams: StreamBatches | None = None
+        self._batches: BatchIterator | StreamBatches
+        if config.data.streams:
+            states = saved.get("streams")
+            if states is not None:
+                mine = local_streams(len(states), jax.process_index(), jax.process_count())
+                states = np.array(states, np.int64)[mine.start : mine.stop]
+            self._batches = self._streams = stream_batches(config.data, text, states=states, **run)
+        else:
+            num_samples = config.num_steps * config.global_batch_size
+            self._batches = training_batches(
+                config.data, sources, text, num_samples=num_samples, **run
+            )
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        """This process's share of the next batch. What was bad in it is written down."""
+        batch = next(self._batches)
+        bad = self._batches.drain_bad_samples()
+        if bad:
+            with self._bad_samples.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(sample) + "\n" for sample in bad)
+        return batch
+
+    def position(self) -> dict[str, Any]:
+        """What a checkpoint has to keep, beside the samples seen, for a run to go on from here.
+
+        A collective where sources stream: all processes call it after the same batch.
+        """
+        if self._streams is None:
+            return {"num_samples": self._num_samples}
+        states = self._streams.states()
+        if jax.process_count() > 1:
+            # As pairs of 32 bits: JAX would cut off the upper half of an int64.
+            halves = multihost_utils.process_allgather(states.view(np.int32))
+            states = np.ascontiguousarray(halves.reshape(-1, halves.shape[-1])).view(np.int64)
+        return {"streams": states.tolist()}
+
+    def figures(self) -> dict[str, float]:
+        """Times and counts since the last call, over all processes: a collective."""
+        figures = self._batches.stats()
+        if jax.process_count() == 1:
+            return figures
+        values = np.array(list(figures.values()), np.float32)
+        values_PN = multihost_utils.process_allgather(values)
+        sums = dict(zip(figures, values_PN.sum(axis=0).tolist(), strict=True))
+        return {
+            name: value if name.startswith(_COUNTS) else value / jax.process_count()
+            for name, value in sums.items()
+        }
+
+    def close(self) -> None:
+        self._batches.close()
+
+
+def _check_same(now: Mapping[str, int], saved: Mapping[str, int]) -> None:
+    """Raises UserError where a source has grown or shrunk: its samples would stand elsewhere."""
+    for name in now.keys() & saved.keys():
+        if now[name] != saved[name]:
+            raise UserError(
+                f"data source '{name}' has {now[name]:,} samples and had {saved[name]:,} when this "
+                "run was saved: another order, in which samples come twice or never; give it the "
+                "files of then, or go on all the same with --allow_config_change"
+            )

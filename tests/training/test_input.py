@@ -1,0 +1,180 @@
+"""What the loop reads, from random access and from streams, padded and packed."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+from data.tars import pairs, write_tar
+from small import small_config
+from training.test_loop import facts
+
+from clip_jax.checkpoint import Workdir, drop_bad_samples_after
+from clip_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    ExperimentConfig,
+    LoggingConfig,
+    PackingConfig,
+    SourceConfig,
+    StreamConfig,
+    TokenizerConfig,
+    UserError,
+)
+from clip_jax.data.tokenizers import Tokenizer
+from clip_jax.training.input import (
+    TrainingInput,
+    describe_sources,
+    keep_packing_rows,
+    measure_packing_rows,
+    open_sources,
+)
+from clip_jax.training.loop import train
+
+NUM_TARS = 4
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([f"caption {number}" for number in range(100)], 300, lowercase=True)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, tokenizer) -> ExperimentConfig:
+    """100 pairs in four tars, of which one picture is broken."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for tar in range(NUM_TARS):
+        members = pairs(25 * tar, 25)
+        if tar == 2:
+            members[20] = (members[20][0], b"no picture")
+        write_tar(folder / f"{tar}.tar", members)
+    tokenizer.save(folder / "tokenizer.json")
+    small = small_config()
+    text = dataclasses.replace(small.model.text, vocab_size=300, eot_id=2)
+    return dataclasses.replace(
+        small,
+        num_steps=6,
+        model=dataclasses.replace(small.model, text=text),
+        data=DataConfig(
+            tokenizer=TokenizerConfig(kind="file", path=str(folder / "tokenizer.json")),
+            sources={"pairs": SourceConfig(path=str(folder / "{0..3}.tar"))},
+            cache_dir=str(folder / "cache"),
+        ),
+        checkpoint=CheckpointConfig(every_steps=3),
+        logging=LoggingConfig(every_steps=1, tensorboard=False),
+    )
+
+
+def with_data(config: ExperimentConfig, **changes) -> ExperimentConfig:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
+
+
+def streaming(config: ExperimentConfig, **changes) -> ExperimentConfig:
+    source = dataclasses.replace(config.data.sources["pairs"], access="stream")
+    stream = StreamConfig(num_streams=NUM_TARS, interleave=1, window=8)
+    return with_data(config, sources={"pairs": source}, stream=stream, **changes)
+
+
+@contextlib.contextmanager
+def opened(config, tokenizer, tmp_path, *, first_sample=0, saved=None):
+    sources = open_sources(config, tmp_path / "cache")
+    batches = TrainingInput(
+        config,
+        sources,
+        tokenizer,
+        first_sample=first_sample,
+        saved=saved or {},
+        bad_samples=tmp_path / "bad_samples.jsonl",
+    )
+    with contextlib.closing(batches):
+        yield batches
+
+
+@pytest.mark.parametrize("kind", ["random", "stream"])
+def test_goes_on_where_it_was(config, tokenizer, tmp_path, kind):
+    config = config if kind == "random" else streaming(config)
+    size = config.global_batch_size
+    with opened(config, tokenizer, tmp_path) as batches:
+        before, positions = [], []
+        for _ in range(6):
+            before.append(next(batches))
+            positions.append(json.loads(json.dumps(batches.position())))  # as checkpoints keep it
+    with opened(config, tokenizer, tmp_path, first_sample=3 * size, saved=positions[2]) as batches:
+        for step in range(3, 6):
+            np.testing.assert_equal(next(batches), before[step])
+            assert batches.position() == positions[step]
+
+
+def test_a_source_that_has_grown(config, tokenizer, tmp_path):
+    saved = {"num_samples": {"pairs": 99, "one that is gone": 7}}
+    with (
+        pytest.raises(UserError, match=r"'pairs' has 100 samples and had 99 .*allow_config_change"),
+        opened(config, tokenizer, tmp_path, saved=saved),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["random", "stream"])
+def test_bad_samples_are_counted_and_written_down(config, tokenizer, tmp_path, kind):
+    config = config if kind == "random" else streaming(config)
+    with opened(config, tokenizer, tmp_path) as batches:
+        for _ in range(4):  # 128 of 100 samples: each has been there
+            next(batches)
+        figures = batches.figures()
+    text = (tmp_path / "bad_samples.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert figures["data/bad_samples"] == figures["data/bad_image"] == len(lines) > 0
+    assert figures["data/decode_ms"] > 0
+    assert {line["sample"].rsplit("key ")[-1] for line in lines} == {"s0060"}
+    assert {line["reason"] for line in lines} == {"image"}
+
+
+def test_what_the_resumed_run_will_meet_again_is_dropped(tmp_path):
+    workdir = Workdir(tmp_path)
+    for process, positions in enumerate([(1, 40, 12), (3, 31)]):
+        lines = [json.dumps({"position": position}) + "\n" for position in positions]
+        workdir.bad_samples(process).write_text("".join(lines) + '{"position": 2')
+    drop_bad_samples_after(workdir, 31)
+    kept = [workdir.bad_samples(process).read_text() for process in range(2)]
+    assert kept == ['{"position": 1}\n{"position": 12}\n', '{"position": 3}\n']
+
+
+def test_rows_of_packed_text_are_measured_once(config, tokenizer, tmp_path):
+    config = with_data(config, packing=PackingConfig(group_size=8))
+    sources = open_sources(config, tmp_path / "cache")
+    measured = measure_packing_rows(config, sources, tokenizer)
+    # "caption 12" is four tokens or more with its ends, and rows have eight.
+    assert 1 < measured.data.packing.rows <= 8
+    assert measure_packing_rows(measured, {}, tokenizer) == measured
+    workdir = Workdir(tmp_path)
+    assert keep_packing_rows(config, workdir) == config
+    given = with_data(config, packing=PackingConfig(group_size=8, rows=7))
+    workdir.save_config(given)
+    assert keep_packing_rows(config, workdir) == given
+    assert keep_packing_rows(measured, workdir) == measured
+    with pytest.raises(UserError, match=r"rows must be given where sources stream"):
+        measure_packing_rows(streaming(config), {}, tokenizer)
+
+
+def test_sources_in_words(config, tmp_path):
+    sources = open_sources(config, tmp_path / "cache")
+    assert describe_sources(config, sources) == "100 samples"
+    assert describe_sources(streaming(config), {}) == "1 sources in 4 streams"
+
+
+def test_a_run_on_streams_with_packed_text(config, tmp_path):
+    """Six steps, and the last three again from the checkpoint between: the same numbers."""
+    config = streaming(config, packing=PackingConfig(group_size=4, rows=3))
+    workdir = Workdir(tmp_path / "run")
+    assert train(config, workdir).finished
+    whole, bad = facts(workdir), workdir.bad_samples().read_text()
+    assert "no picture" not in bad
+    assert sum(line["data/bad_samples"] for line in whole) == len(bad.splitlines()) > 0
+    shutil.rmtree(workdir.checkpoints / "6")
+    assert train(config, workdir).finished
+    assert facts(workdir) == whole
+    places = [json.loads(line)["position"] for line in bad.splitlines()]
+    resumed = workdir.bad_samples().read_text().splitlines()
+    assert [json.loads(line)["position"] for line in resumed] == places
