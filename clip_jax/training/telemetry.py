@@ -21,6 +21,8 @@ from rich.progress import (
 from clip_jax.checkpoint import Workdir
 from clip_jax.config import ExperimentConfig, UserError, to_dict
 
+_WAIT_TO_EXPLAIN = 0.05  # share of the time
+
 
 def check_logging(config: ExperimentConfig) -> None:
     """Raises UserError where the config asks for a package that is not installed."""
@@ -103,10 +105,17 @@ class ProgressLine:
         self._progress.start()
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
-        """values: loss, samples_per_second, data_wait (share of time), eta_seconds."""
+        """values: loss, samples_per_second, data_wait (share of time), eta_seconds.
+
+        Where waiting for data shows, the stage that takes longest is named: of `data/STAGE_ms`.
+        """
+        stages = {k.removeprefix("data/"): v for k, v in values.items() if k.endswith("_ms")}
+        why = ""
+        if stages and values["data_wait"] > _WAIT_TO_EXPLAIN:
+            why = f" ({max(stages, key=stages.__getitem__).removesuffix('_ms')})"
         numbers = (
             f"loss {values['loss']:.4f}  {values['samples_per_second']:,.0f} samples/s  "
-            f"data wait {values['data_wait']:.0%}"
+            f"data wait {values['data_wait']:.0%}{why}"
         )
         self._progress.update(self._bar, completed=step, numbers=numbers)
         now = time.monotonic()

@@ -73,6 +73,15 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
     ]
 
 
+@pytest.mark.parametrize(("wait", "shown"), [(0.1, "10% (decode)"), (0.01, "1%")])
+def test_what_the_data_waits_for(capsys, wait, shown):
+    progress = ProgressLine(first_step=0, num_steps=100)
+    values = {"loss": 1, "samples_per_second": 1, "data_wait": wait, "eta_seconds": 0}
+    progress.update(1, values | {"data/read_ms": 0.1, "data/decode_ms": 2, "data/bad_samples": 9})
+    progress.close()
+    assert f"data wait {shown}  ETA" in capsys.readouterr().err
+
+
 def test_all_processes_but_the_first_are_silent(capsys):
     progress = ProgressLine(first_step=0, num_steps=100, silent=True)
     progress.update(1, {"loss": 1, "samples_per_second": 1, "data_wait": 0, "eta_seconds": 1})
