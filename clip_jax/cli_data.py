@@ -56,7 +56,9 @@ def add_data_commands(subparsers: Any) -> None:
 def _add_check_flags(check: argparse.ArgumentParser) -> None:
     check.add_argument("source", nargs="?", help="path, as in data.sources.X.path; or --config")
     check.add_argument("--config", help=f"all sources of a {_CONFIG_HELP}")
-    check.add_argument("--kind", default="webdataset", choices=_KINDS)
+    check.add_argument(
+        "--kind", default="webdataset", choices=_KINDS, help="of SOURCE (default: tars)"
+    )
     check.add_argument("--split", default="train", help="of a tfds set")
     check.add_argument("--image_key", default="", help="column or feature of the image")
     check.add_argument("--caption_keys", default="", help="of the captions: a,b")

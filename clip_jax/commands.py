@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,11 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     _start(arguments, cache_dir(config.data))
     workdir = Workdir(arguments.workdir)
-    outcome = loop.train(config, workdir, allow_config_change=arguments.allow_config_change)
+    try:
+        outcome = loop.train(config, workdir, allow_config_change=arguments.allow_config_change)
+    except UserError as error:
+        _leave_others(error)
+        raise
     if not outcome.finished:
         return 130
     _print_result(outcome.scores, workdir.report)
@@ -131,6 +136,19 @@ def _start(arguments: argparse.Namespace, cache: Path) -> None:
         arguments.process_id,
         distributed=arguments.distributed,
     )
+
+
+def _leave_others(error: UserError) -> None:
+    """End this process at once where it is one of several.
+
+    The others wait for it in a collective, and an orderly end would wait for them; but when it is
+    gone, JAX's coordination service ends them too.
+    """
+    import jax
+
+    if jax.process_count() > 1:
+        print(f"clip-jax: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
 
 
 def _print_result(scores: dict[str, Any], report: Path) -> None:

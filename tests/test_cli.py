@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from data.tars import pairs, write_tar
 
+from clip_jax.data.tokenizers import Tokenizer
+
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart.py"
 
@@ -87,8 +89,8 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def together(*commands: tuple[list[str], dict[str, str]]) -> list[tuple[str, str]]:
-    """stdout (less what gloo says) and stderr of commands that run at once, and succeed.
+def at_once(*commands: tuple[list[str], dict[str, str]]) -> list[tuple[int, str, str]]:
+    """Exit code, stdout (less what gloo says) and stderr of commands that run at the same time.
 
     Each comes with the variables that it adds to the environment.
     """
@@ -109,9 +111,18 @@ def together(*commands: tuple[list[str], dict[str, str]]) -> list[tuple[str, str
     finally:
         for process in processes:
             process.kill()
-    assert all(process.returncode == 0 for process in processes), outputs
     ours = [re.sub(r"^\[Gloo\].*\n", "", stdout, flags=re.MULTILINE) for stdout, _ in outputs]
-    return [(stdout, stderr) for stdout, (_, stderr) in zip(ours, outputs, strict=True)]
+    return [
+        (process.returncode, stdout, stderr)
+        for process, stdout, (_, stderr) in zip(processes, ours, outputs, strict=True)
+    ]
+
+
+def together(*commands: tuple[list[str], dict[str, str]]) -> list[tuple[str, str]]:
+    """stdout and stderr of commands that run at once, and succeed."""
+    outputs = at_once(*commands)
+    assert all(code == 0 for code, _, _ in outputs), outputs
+    return [(stdout, stderr) for _, stdout, stderr in outputs]
 
 
 def test_two_processes_train_and_score_like_one(recipe, tmp_path):
@@ -140,6 +151,36 @@ def test_two_processes_train_and_score_like_one(recipe, tmp_path):
     tasks = [step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
     scored = together(*((["eval", f"--workdir={two}"], task) for task in tasks))
     assert [stdout for stdout, _ in scored] == [outputs[0][0], ""]
+
+
+@pytest.mark.parametrize("fault", ["other data", "bad sample"])
+def test_what_stops_one_process_stops_both(recipe, tmp_path, fault):
+    """None is left waiting for the other, and nothing is trained on data that differ."""
+    members = dict(pairs(0, 39 if fault == "other data" else 40))
+    if fault == "bad sample":
+        members |= {name: b"no picture" for name in members if name.endswith("png")}
+    tar = write_tar(tmp_path / "other.tar", members.items())
+    tokenizer = tmp_path / "tokenizer.json"
+    Tokenizer.train(["caption 1"], 300, lowercase=True).save(tokenizer)
+    train = [
+        *("train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}"),
+        *(f"--coordinator=localhost:{free_port()}", "--num_processes=2"),
+        *("--config.data.on_bad_sample=fail", "--config.data.tokenizer.kind=file"),
+        f"--config.data.tokenizer.path={tokenizer}",
+    ]
+    other = f"--config.data.sources.pairs.path={tar}"
+    # The first process coordinates: without it the second one ends at once, not by a timeout.
+    (code, _, said), (second_code, _, second_said) = at_once(
+        ([*train, "--process_id=0", other], {}), ([*train, "--process_id=1"], {})
+    )
+    assert code == 2
+    if fault == "other data":
+        assert second_code == 2
+        assert "processes 0 and 1 see different data" in said
+        assert "processes 0 and 1 see different data" in second_said
+    else:
+        assert second_code != 0
+        assert "bad sample in data source 'pairs'" in said
 
 
 def test_config_prints_the_resolved_one_and_reads_it_back(tmp_path):

@@ -93,18 +93,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def drop_bad_samples_after(workdir: Workdir, position: int) -> None:
-    """Keeps what was bad before `position` in the order, in the files of all processes.
+def drop_bad_samples_after(path: Path, position: int) -> None:
+    """Keeps what a process found bad before `position` in the order.
 
     What follows is read again by the resumed run. A line cut short by a crash is left out.
     """
-    for path in workdir.path.glob("bad_samples*.jsonl"):
-        kept = []
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                if json.loads(line)["position"] < position:
-                    kept.append(line + "\n")
-        write_atomically(path, "".join(kept))
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["position"] < position:
+                kept.append(line + "\n")
+    write_atomically(path, "".join(kept))
 
 
 def drop_metrics_after(path: Path, step: int) -> None:

@@ -365,6 +365,7 @@ MAY_CHANGE_ON_RESUME = (
     "start.text",
     "loss.tile_size",
     "loss.bidirectional",
+    "data.skipped_ranges",
     "data.read_retries",
     "data.num_workers",
     "data.num_threads",

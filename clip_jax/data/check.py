@@ -212,7 +212,10 @@ def _measure(
             raise
         except (ValueError, OSError) as error:
             reason = why_bad(error, "image")
-            samples.append(BadSample(row, reason, str(error), source.shard(row)))
+            shard = source.shard(row)
+            # To name a sample its file is read, which may take long where that has failed.
+            name = f"{shard}, sample {row}" if reason == "read" else source.locate(row)
+            samples.append(BadSample(row, reason, str(error), shard, name))
     return samples
 
 

@@ -109,13 +109,13 @@ def _bad_samples(check: SourceCheck) -> str:
     if not check.bad_samples:
         return ""
     rows = "".join(
-        f"<tr><td>{escape(bad.reason)}</td><td>{escape(bad.shard)}</td><td>{bad.row:,}</td>"
+        f"<tr><td>{escape(bad.reason)}</td><td>{escape(bad.name)}</td><td>{bad.row:,}</td>"
         f"<td>{escape(shortened(bad.message, _MOST_CHARACTERS))}</td></tr>"
         for bad in check.bad_samples
     )
     return (
         "<h3>Bad samples, the first of each reason</h3><table><thead><tr><th>Reason</th>"
-        f"<th>Shard</th><th>Sample</th><th>Message</th></tr></thead><tbody>{rows}</tbody></table>"
+        f"<th>Sample</th><th>Row</th><th>Message</th></tr></thead><tbody>{rows}</tbody></table>"
     )
 
 

@@ -16,6 +16,7 @@ class BadSample(NamedTuple):
     reason: BadReason
     message: str
     shard: str
+    name: str  # for messages
 
 
 @dataclass

@@ -37,7 +37,7 @@ def findings(check: SourceCheck) -> list[str]:
     """What stands out, a sentence each; what hurts a run most comes first."""
     if not check.num_usable:
         return [f"None of the {check.num_checked:,} samples that were checked can be used."]
-    found = [f"A file is damaged and its samples end early: {line}." for line in check.damaged]
+    found = [f"A file is damaged or cut short: {line}." for line in check.damaged]
     del found[_MOST_SHARDS:]
     if check.num_skipped:
         found.append(
@@ -88,7 +88,7 @@ def table(check: SourceCheck) -> str:
     for heading, rows in summary(check).items():
         lines += [heading, *(f"  {label:27} {figure}" for label, figure in rows), ""]
     for bad in check.bad_samples:
-        lines.append(f"bad ({bad.reason}): {bad.shard}, sample {bad.row}: {bad.message}")
+        lines.append(f"bad ({bad.reason}): {bad.name}: {bad.message}")
     if check.bad_samples:
         lines.append("")
     found = findings(check)

@@ -4,10 +4,10 @@ Whoever reads them, in whatever order, in however many threads and processes, ge
 """
 
 import bisect
-import collections
+import functools
 import itertools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -19,15 +19,24 @@ from clip_jax.config.schema import DataConfig, ImageTowerConfig, SourceConfig
 from clip_jax.data.order import Place, Positions, SampleOrder
 from clip_jax.data.preprocess import Inputs, blank_inputs, evaluation_inputs, training_inputs
 from clip_jax.data.record import Record, Source
-from clip_jax.data.report import BadSample, BatchReport, why_bad
+from clip_jax.data.report import (
+    MAX_REPLACEMENTS,
+    BadSample,
+    BatchReport,
+    bad_sample_error,
+    too_many_bad_error,
+    why_bad,
+)
 from clip_jax.data.sample_random import SampleRandom
+from clip_jax.data.slot_threads import SlotThreads
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.data.transforms import Framing, decode_image
 
 Batch = dict[str, NDArray[Any]]
 TextInputs = Callable[[Sequence[str]], Batch]  # captions to the text part of a batch
 
-_MAX_REPLACEMENTS = 100  # in a row: where as many fail, the set is broken, not a sample
+# Both, of reads in a row: where each waits for an answer, the store is dead.
+_MIN_FAILED_READS, _MAX_READING_SECONDS = 3, 30.0
 
 
 def sample_order(config: DataConfig, sources: Mapping[str, Source], seed: int) -> SampleOrder:
@@ -40,7 +49,8 @@ class TrainingBatches:
     """The training batches of one host.
 
     The host's share of global batch j is rows [p * b, (p + 1) * b) of it, so that the hosts'
-    batches, one after another, are the same global batch for any number of hosts.
+    batches, one after another, are the same global batch for any number of hosts. Close them to end
+    the `config.num_threads` threads that make them; these do not outlive them either.
     """
 
     def __init__(
@@ -66,6 +76,7 @@ class TrainingBatches:
         self._first = start_sample + process_index * self._batch_size
         self._order = sample_order(config, sources, seed)
         self._positions = Positions(config.skipped_ranges)
+        self._threads = SlotThreads(config.num_threads)
         self._in_hand: dict[int, tuple[str, int]] = {}  # by thread: source and row
 
     def __len__(self) -> int:
@@ -84,20 +95,16 @@ class TrainingBatches:
         positions = self._positions(np.arange(first, first + self._batch_size))
         places = self._order.places(positions)
         batch: Batch = blank_inputs(self._image, self._batch_size)
-        report = BatchReport(self._batch_size)
-        random = SampleRandom(self._seed)
-        captions = []
-        for slot, (place, position) in enumerate(zip(places, positions.tolist(), strict=True)):
-            inputs, caption = self._sample(place, position, random, report)
-            _put(batch, slot, inputs)
-            captions.append(caption)
-        self._in_hand.pop(threading.get_ident(), None)
+        make = functools.partial(self._fill, batch, places, positions.tolist())
+        report = BatchReport(0, batch=perf_counter() - start)
+        captions: list[str] = []
+        for part, its_report in self._threads.fill(index, self._batch_size, make):
+            captions += part
+            report.add(its_report)
         before_text = perf_counter()
         batch |= self._text(captions)
-        end = perf_counter()
+        report.tokenize = perf_counter() - before_text
         report.num_cut_captions = int(batch.pop("num_cut_captions", 0))
-        report.tokenize = end - before_text
-        report.batch = end - start - report.read - report.decode - report.tokenize
         return batch, report
 
     def describe(self, index: int) -> str:
@@ -107,13 +114,36 @@ class TrainingBatches:
         shards = {self._sources[name].shard(row) for name, row in self._in_hand.copy().values()}
         return f"{words}; in hand: {', '.join(sorted(shards))}" if shards else words
 
+    def close(self) -> None:
+        """Give up what is being made, and end the threads."""
+        self._threads.close()
+
+    def _fill(
+        self, batch: Batch, places: list[Place], positions: list[int], slots: Iterator[int]
+    ) -> tuple[list[str], BatchReport]:
+        """Put samples into some slots of a batch. Returns their captions."""
+        start = perf_counter()
+        random = SampleRandom(self._seed)
+        captions, report = [], BatchReport(0)
+        try:
+            for slot in slots:
+                inputs, caption = self._sample(places[slot], positions[slot], random, report)
+                _put(batch, slot, inputs)
+                captions.append(caption)
+        finally:
+            self._in_hand.pop(threading.get_ident(), None)
+        report.num_samples = len(captions)
+        report.batch = perf_counter() - start - report.read - report.decode
+        return captions, report
+
     def _sample(
         self, place: Place, position: int, random: SampleRandom, report: BatchReport
     ) -> tuple[Inputs, str]:
         config, row = self._config, place.row
         source, source_config = self._sources[place.source], config.sources[place.source]
         bad: list[BadSample] = []
-        for attempt in range(_MAX_REPLACEMENTS + 1):
+        num_failed_reads, reading_seconds = 0, 0.0  # in a row
+        for attempt in range(MAX_REPLACEMENTS + 1):
             # A stream for each position: a sample's crop depends on nothing else in the run.
             rng = random.at(position, attempt)
             if attempt:
@@ -140,24 +170,24 @@ class TrainingBatches:
                 # To name a sample its file is read, which may take long where that has failed.
                 shard = source.shard(row)
                 sample = f"{shard}, sample {row}" if reason == "read" else source.locate(row)
-                if config.on_bad_sample == "fail":
-                    raise UserError(
-                        f"bad sample in data source '{place.source}': {sample}: {error}; "
-                        "mend it, or set data.on_bad_sample to 'skip'"
-                    ) from None
                 bad.append(BadSample(position, place.source, shard, sample, reason, str(error)))
-                report.read += perf_counter() - start
+                if config.on_bad_sample == "fail":
+                    raise bad_sample_error(bad[-1]) from None
+                seconds = perf_counter() - start
+                report.read += seconds
+                if reason != "read":
+                    num_failed_reads, reading_seconds = 0, 0.0
+                    continue
+                num_failed_reads += 1
+                reading_seconds += seconds
+                if num_failed_reads >= _MIN_FAILED_READS and reading_seconds > _MAX_READING_SECONDS:
+                    break
                 continue
             report.read += middle - start
             report.decode += perf_counter() - middle
             report.bad_samples.extend(bad)
             return inputs, caption
-        reasons = collections.Counter(sample.reason for sample in bad)
-        raise UserError(
-            f"{len(bad)} samples in a row of data source '{place.source}' are bad ("
-            + ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
-            + f"), the last: {sample}: {bad[-1].message}; check the files"
-        )
+        raise too_many_bad_error(bad)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_in_hand": {}}
@@ -186,7 +216,8 @@ def choose_caption(source: SourceConfig, record: Record, rng: np.random.Generato
 class EvaluationBatches:
     """The batches of one host over a source in order; the last one is padded.
 
-    The host's share of global batch j is rows [p * b, (p + 1) * b) of it.
+    The host's share of global batch j is rows [p * b, (p + 1) * b) of it. Close them to end their
+    threads.
     """
 
     def __init__(
@@ -200,6 +231,7 @@ class EvaluationBatches:
         batch_size: int,
         process_index: int,
         process_count: int,
+        num_threads: int,
     ) -> None:
         self._source = source
         self._tokenizer = tokenizer
@@ -209,6 +241,7 @@ class EvaluationBatches:
         self._global_batch_size = batch_size
         self._batch_size = batch_size // process_count
         self._first = process_index * self._batch_size
+        self._threads = SlotThreads(num_threads)
 
     def __len__(self) -> int:
         return (len(self._source) + self._global_batch_size - 1) // self._global_batch_size
@@ -223,8 +256,32 @@ class EvaluationBatches:
         rows = np.arange(self._batch_size) + self._first + index * self._global_batch_size
         mask = rows < len(self._source)
         batch: Batch = blank_inputs(self._image, self._batch_size)
-        captions = [""] * self._batch_size
-        for slot, row in enumerate(rows[mask].tolist()):
+        parts = self._threads.fill(
+            index, int(mask.sum()), functools.partial(self._fill, batch, rows.tolist())
+        )
+        batch["mask"] = mask
+        batch["index"] = np.where(mask, rows, -1).astype(np.int32)
+        if self._tokenizer is not None:
+            captions = list(itertools.chain.from_iterable(parts))
+            captions += [""] * (self._batch_size - len(captions))
+            batch["tokens"] = self._tokenizer(captions, self._context_length)
+        return batch, BatchReport(int(mask.sum()))
+
+    def describe(self, index: int) -> str:
+        """What a batch consists of, for messages."""
+        first = self._first + index * self._global_batch_size
+        last = min(first + self._batch_size, len(self._source)) - 1
+        return f"samples {first} to {last} of an evaluation set"
+
+    def close(self) -> None:
+        """Give up what is being made, and end the threads."""
+        self._threads.close()
+
+    def _fill(self, batch: Batch, rows: list[int], slots: Iterator[int]) -> list[str]:
+        """Put samples into some slots of a batch. Returns their captions."""
+        captions = []
+        for slot in slots:
+            row = rows[slot]
             try:
                 record = self._source[row]
                 picture = decode_image(record.image)
@@ -236,15 +293,5 @@ class EvaluationBatches:
                     f"bad sample in an evaluation set: {self._source.locate(row)}: {error}; "
                     "mend it or take it out of the set"
                 ) from None
-            captions[slot] = record.captions[0]
-        batch["mask"] = mask
-        batch["index"] = np.where(mask, rows, -1).astype(np.int32)
-        if self._tokenizer is not None:
-            batch["tokens"] = self._tokenizer(captions, self._context_length)
-        return batch, BatchReport(int(mask.sum()))
-
-    def describe(self, index: int) -> str:
-        """What a batch consists of, for messages."""
-        first = self._first + index * self._global_batch_size
-        last = min(first + self._batch_size, len(self._source)) - 1
-        return f"samples {first} to {last} of an evaluation set"
+            captions.append(record.captions[0])
+        return captions

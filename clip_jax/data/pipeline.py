@@ -17,12 +17,13 @@ from clip_jax.data.host_batches import (
 )
 from clip_jax.data.order import Positions
 from clip_jax.data.record import Source
-from clip_jax.data.report import BatchReport, ReportTotals
+from clip_jax.data.report import BadSamplesError, BatchReport, ReportTotals
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.data.transforms import Framing
 from clip_jax.data.workers import SlowWait, WorkerEnvironment, prepare_worker, was_killed
 
 _SLOW_WAIT_SECONDS = 30.0
+_MAX_IN_THE_MAKING = 2  # batches: one's captions are tokenized while the next is decoded
 
 
 class Batches(Protocol):
@@ -36,10 +37,15 @@ class Batches(Protocol):
         """What a batch consists of, for messages."""
         ...
 
+    def close(self) -> None:
+        """End the threads of this process that make batches. Calling it again is nothing."""
+        ...
+
 
 class BatchIterator(Iterator[Batch]):
     """Batches that are being made ahead of time. Close it to end the threads and workers.
 
+    num_threads: in each process, to make a batch each, or have it made; 0: `next` does.
     ahead: batches that are made before they are asked for, in each process.
     slow_wait_seconds: after so long in `next` a warning says what it waits for.
 
@@ -55,11 +61,8 @@ class BatchIterator(Iterator[Batch]):
         *,
         slow_wait_seconds: float = _SLOW_WAIT_SECONDS,
     ) -> None:
-        # Each element is a whole batch, so the buffer counts batches; Grain's default is 500. With
-        # fewer than threads some of these would have nothing to do.
-        options = grain.ReadOptions(
-            num_threads=num_threads, prefetch_buffer_size=max(ahead, num_threads)
-        )
+        # Each element is a whole batch, so the buffer counts batches; Grain's default is 500.
+        options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=ahead)
         dataset = grain.MapDataset.source(batches).to_iter_dataset(options)
         self._batches = batches
         self._num_workers = self._workers_to_hear_of = num_workers
@@ -80,6 +83,9 @@ class BatchIterator(Iterator[Batch]):
         try:
             with self._slow_wait:
                 batch, report = next(self._iterator)
+        except BadSamplesError as error:
+            self._totals.add(BatchReport(0, bad_samples=error.bad_samples))
+            raise
         except RuntimeError as error:
             if not was_killed(error):
                 raise
@@ -108,6 +114,7 @@ class BatchIterator(Iterator[Batch]):
         """End the threads and workers. Calling it again is nothing."""
         self._slow_wait.close()
         self._iterator.close()
+        self._batches.close()
         self._forget_environment()
 
     def _describe_wait(self) -> str:
@@ -180,7 +187,8 @@ def training_batches(
         process_count=process_count,
         start_sample=start_sample,
     )
-    return BatchIterator(batches, config.num_workers, config.num_threads, config.prefetch_batches)
+    num_threads = min(config.num_threads, _MAX_IN_THE_MAKING)
+    return BatchIterator(batches, config.num_workers, num_threads, config.prefetch_batches)
 
 
 def evaluation_batches(
@@ -215,7 +223,9 @@ def evaluation_batches(
         batch_size=batch_size,
         process_index=process_index,
         process_count=process_count,
+        num_threads=num_threads,
     )
+    num_threads = min(num_threads, _MAX_IN_THE_MAKING)
     return BatchIterator(batches, num_workers=0, num_threads=num_threads, ahead=2)
 
 

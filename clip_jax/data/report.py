@@ -6,15 +6,19 @@ consumed is not counted, so the counts of a run are the same for any number of w
 
 import collections
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+from clip_jax.config.errors import UserError
 from clip_jax.data.record import BAD_REASONS, BadReason, BadSampleError
 
 logger = logging.getLogger(__name__)
 
 STAGES = ("read", "decode", "tokenize", "batch")
+
+MAX_REPLACEMENTS = 100  # in a row: where as many fail, the set is broken, not a sample
 
 _FIRST_WARNINGS = 5
 _MOST_KEPT = 10_000  # bad samples that nobody has drained: memory stays flat
@@ -33,7 +37,7 @@ class BadSample(NamedTuple):
 
 @dataclass(slots=True)  # no NamedTuple: Grain would look for arrays in it
 class BatchReport:
-    """How one host's share of a batch was made. Seconds are wall time of the thread that did it."""
+    """How one host's share of a batch was made. Seconds are wall time of the threads at it."""
 
     num_samples: int
     read: float = 0.0  # seconds
@@ -42,6 +46,14 @@ class BatchReport:
     batch: float = 0.0  # the rest: order, choice of captions, putting together
     num_cut_captions: int = 0  # for want of room in a packed group
     bad_samples: list[BadSample] = field(default_factory=list)
+
+    def add(self, other: "BatchReport") -> None:
+        """Count the rest of the batch, which another thread made: the samples after these."""
+        self.num_samples += other.num_samples
+        for stage in STAGES:
+            setattr(self, stage, getattr(self, stage) + getattr(other, stage))
+        self.num_cut_captions += other.num_cut_captions
+        self.bad_samples += other.bad_samples
 
 
 class ReportTotals:
@@ -124,3 +136,34 @@ def why_bad(error: Exception, otherwise: BadReason) -> BadReason:
     if isinstance(error, BadSampleError):
         return error.reason
     return "read" if isinstance(error, OSError) else otherwise
+
+
+class BadSamplesError(UserError):
+    """Ends a run for its bad samples, and carries them to where they are written down."""
+
+    def __init__(self, message: str, bad_samples: Sequence[BadSample]) -> None:
+        super().__init__(message)
+        self.bad_samples = list(bad_samples)
+
+    def __reduce__(self) -> tuple[type["BadSamplesError"], tuple[str, list[BadSample]]]:
+        return BadSamplesError, (str(self), self.bad_samples)
+
+
+def bad_sample_error(bad: BadSample) -> BadSamplesError:
+    """What a bad sample raises where `data.on_bad_sample` is 'fail'."""
+    return BadSamplesError(
+        f"bad sample in data source '{bad.source}': {bad.sample}: {bad.message}; mend it, or set "
+        "data.on_bad_sample to 'skip'",
+        [bad],
+    )
+
+
+def too_many_bad_error(bad: Sequence[BadSample]) -> BadSamplesError:
+    """What so many bad samples of a source in a row raise."""
+    reasons = collections.Counter(sample.reason for sample in bad)
+    counts = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
+    return BadSamplesError(
+        f"{len(bad)} samples in a row of data source '{bad[-1].source}' are bad ({counts}), the "
+        f"last: {bad[-1].sample}: {bad[-1].message}; check the files and the access to them",
+        bad,
+    )

@@ -8,9 +8,12 @@ from clip_jax.data.record import Source
 _MAX_TOKENIZER_SAMPLES = 200_000  # of a source: the merges of a BPE have long settled by then
 
 
-def captions(source: Source) -> list[str]:
-    """The first caption of every sample, in order. Raises UserError for a bad sample."""
-    return [_captions(source, row)[0] for row in range(len(source))]
+def captions(source: Source, name: str) -> list[str]:
+    """The first caption of every sample of the evaluation set `name`, in order.
+
+    Raises UserError for a bad sample.
+    """
+    return [_captions(source, row, name)[0] for row in range(len(source))]
 
 
 def training_captions(sources: Mapping[str, Source]) -> Iterator[str]:
@@ -30,10 +33,13 @@ def training_captions(sources: Mapping[str, Source]) -> Iterator[str]:
                 continue
 
 
-def _captions(source: Source, row: int) -> tuple[str, ...]:
+def _captions(source: Source, row: int, name: str) -> tuple[str, ...]:
     try:
         return source.captions(row)
     except UserError:
         raise
     except (ValueError, OSError) as error:
-        raise UserError(f"bad sample: {source.locate(row)}: {error}; mend it") from None
+        raise UserError(
+            f"bad sample in evaluation set '{name}': {source.locate(row)}: {error}; mend it or "
+            "take it out of the set"
+        ) from None

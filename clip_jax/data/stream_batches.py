@@ -9,9 +9,13 @@ of captions and each row's random numbers in the step.)
 """
 
 import itertools
+import json
 import logging
 import math
+import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
 from typing import Any, Self
 
 import numpy as np
@@ -21,7 +25,7 @@ from clip_jax.config.errors import UserError
 from clip_jax.config.schema import DataConfig, ImageTowerConfig
 from clip_jax.data.host_batches import Batch, TextInputs
 from clip_jax.data.pipeline import BatchIterator
-from clip_jax.data.sources.tar_paths import expand_path
+from clip_jax.data.sources.tar_paths import expand_tars
 from clip_jax.data.stream_pieces import (
     STATES,
     Piece,
@@ -132,7 +136,7 @@ def _open_sources(config: DataConfig, resumes: bool) -> tuple[StreamedSource, ..
                 "reads all its sources in one way"
             )
         # A tar that went during the run is a bad sample, not a reason not to go on.
-        tars = expand_path(source.path, known=lambda file: resumes)
+        tars = expand_tars(source.path, known=lambda file: resumes)
         opened = StreamedSource(
             name=name,
             tars=tuple(tars),
@@ -224,7 +228,9 @@ class StreamBatches(Iterator[Batch]):
         parts = _split(streams, run.rows, max(config.packing.group_size, 1), config.num_workers)
         ends = np.cumsum([len(part) for part in parts])
         self._states = states
-        self._num_parts = len(parts)
+        self._sources = run.sources
+        self._streams, self._parts = streams, parts
+        self._copiers = ThreadPoolExecutor(len(parts), "copy") if len(parts) > 1 else None
         self._pieces = StreamPieces(run, parts, np.split(states, ends[:-1]))
         num_workers = len(parts) if config.num_workers else 0
         if not num_workers:
@@ -235,16 +241,38 @@ class StreamBatches(Iterator[Batch]):
         )
 
     def __next__(self) -> Batch:
-        pieces = [next(self._iterator) for _ in range(self._num_parts)]
-        batch = pieces[0]
-        if len(pieces) > 1:
-            batch = {name: np.concatenate([piece[name] for piece in pieces]) for name in batch}
+        batch = next(self._iterator) if self._copiers is None else self._joined(self._copiers)
         self._states = np.array(batch.pop(STATES))
+        return batch
+
+    def _joined(self, copiers: ThreadPoolExecutor) -> Batch:
+        """A batch of the next piece of each part: one is copied while others are waited for."""
+        batch: Batch = {}
+        copies = []
+        for part in self._parts:
+            for name, rows in next(self._iterator).items():
+                if name not in batch:
+                    length = len(rows) * len(self._streams) // len(part)
+                    batch[name] = np.empty((length, *rows.shape[1:]), rows.dtype)
+                first = len(rows) * (part.start - self._streams.start) // len(part)
+                place = batch[name][first : first + len(rows)]
+                copies.append(copiers.submit(np.copyto, place, rows))
+        for copy in copies:
+            copy.result()
         return batch
 
     def states(self) -> NDArray[np.int64]:
         """int64 [S / H, width]: where this host's streams stand after the last batch."""
         return self._states
+
+    @property
+    def fingerprint(self) -> int:
+        """32 bits that tell other lists of tars apart, wherever they lie."""
+        names = [
+            [source.name, *(PurePosixPath(tar).name for tar in source.tars)]
+            for source in self._sources
+        ]
+        return zlib.crc32(json.dumps(names).encode())
 
     def stats(self) -> dict[str, float]:
         """Times and counts since the last call; see `BatchIterator.stats`."""
@@ -258,6 +286,8 @@ class StreamBatches(Iterator[Batch]):
         """End the threads and workers. Calling it again is nothing."""
         self._iterator.close()
         self._pieces.close()
+        if self._copiers is not None:
+            self._copiers.shutdown(wait=False)
 
     def __enter__(self) -> Self:
         return self

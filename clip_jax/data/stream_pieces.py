@@ -1,6 +1,7 @@
 """A part of a host's streaming batches, made in one process: read ahead, decoded by threads."""
 
 import contextlib
+import math
 import queue
 import threading
 from collections.abc import Iterable, Sequence
@@ -17,7 +18,14 @@ from clip_jax.config.schema import DataConfig, ImageTowerConfig
 from clip_jax.data.host_batches import Batch, TextInputs, choose_caption
 from clip_jax.data.order import Positions, SampleOrder
 from clip_jax.data.preprocess import blank_inputs, training_inputs
-from clip_jax.data.report import BadSample, BatchReport, why_bad
+from clip_jax.data.report import (
+    MAX_REPLACEMENTS,
+    BadSample,
+    BatchReport,
+    bad_sample_error,
+    too_many_bad_error,
+    why_bad,
+)
 from clip_jax.data.sample_random import SampleRandom
 from clip_jax.data.stream_buffer import StreamBuffer
 from clip_jax.data.streams import (
@@ -30,7 +38,6 @@ from clip_jax.data.streams import (
 
 Piece = tuple[Batch, BatchReport]
 STATES = "stream_states"  # rides in a piece: int64 [streams, width], after the piece
-_MAX_REPLACEMENTS = 100  # in a row: where as many fail, the set is broken, not a sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +71,7 @@ def open_streams(
     """
     count = len(run.sources)
     parts = [None] * count if state is None else np.split(state[1:], count)
+    total = sum(run.config.sources[source.name].weight for source in run.sources)
     return [
         SampleStream(
             source,
@@ -73,6 +81,8 @@ def open_streams(
             retries=run.config.read_retries,
             state=part,
             window_bytes=run.window_bytes,
+            # The least that its exact share of a batch may come to.
+            rows=math.floor(run.rows * run.config.sources[source.name].weight / total),
         )
         for source, part in zip(run.sources, parts, strict=True)
     ]
@@ -154,7 +164,7 @@ class MixedStream:
         sample = self._buffers[source].take()
         met = [one._replace(position=position) for one in self._buffers[source].drain_bad()]
         if met and self._on_bad_sample == "fail":
-            raise failure(met[0])
+            raise bad_sample_error(met[0])
         bad += met
         return _Row(position, source, sample)
 
@@ -283,19 +293,18 @@ class PieceMaker:
         self, draft: _Draft, slot: int, mixed: MixedStream, row: _Row, bad: BadSample
     ) -> str:
         """Put a sample into the batch in place of one that does not decode."""
-        for attempt in range(1, _MAX_REPLACEMENTS + 1):
+        met = [bad]
+        for attempt in range(1, MAX_REPLACEMENTS + 1):
             if self._run.config.on_bad_sample == "fail":
-                raise failure(bad)
+                raise bad_sample_error(bad)
             draft.report.bad_samples.append(bad)
             row = mixed.replacement(row, draft.report.bad_samples)
             loaded = self._load(draft, slot, row, attempt)
             if isinstance(loaded, str):
                 return loaded
             bad = loaded
-        raise UserError(
-            f"{_MAX_REPLACEMENTS + 1} samples in a row of data source '{row.source}' do not "
-            f"decode, the last: {bad.sample}: {bad.message}; check the tars"
-        )
+            met.append(bad)
+        raise too_many_bad_error(met)
 
     def _finish(self, batch: Batch, captions: Sequence[str], report: BatchReport) -> Piece:
         start = perf_counter()
@@ -303,11 +312,3 @@ class PieceMaker:
         report.num_cut_captions = int(batch.pop("num_cut_captions", 0))
         report.tokenize = perf_counter() - start
         return batch, report
-
-
-def failure(bad: BadSample) -> UserError:
-    """What a run ends with where bad samples are not to be skipped."""
-    return UserError(
-        f"bad sample in data source '{bad.source}': {bad.sample}: {bad.message}; mend it, or set "
-        "data.on_bad_sample to 'skip'"
-    )

@@ -112,14 +112,16 @@ class SampleStream:
     """Stream `stream` of the `config.num_streams` of a source: its blocks, endlessly.
 
     state: where to go on, `start` or `end` of a block, or `start` as `used` gives it; None: from
-    the beginning. window_bytes: a block ends with the sample that reaches them.
+    the beginning. window_bytes: a block ends with the sample that reaches them. rows: samples that
+    a batch takes of it, at least.
 
     Every sample of the stream's tars comes once before one comes again. A tar that is damaged, gone
     or cannot be read after `retries` counts as one bad sample; its whole samples before that count
     as any others, and the next tar takes its place.
 
     Raises UserError if there are fewer tars than streams, or the state is of other tars or another
-    config; from `read_block`, if ten tars or 1,000 samples in a row, or all of a pass, are bad.
+    config; from `read_block`, if ten tars or 1,000 samples in a row, or all of a pass, are bad, or
+    a pass has fewer samples than a batch takes.
     """
 
     def __init__(
@@ -132,11 +134,13 @@ class SampleStream:
         retries: int = 3,
         state: NDArray[np.int64] | None = None,
         window_bytes: int = WINDOW_BYTES,
+        rows: int = 0,
     ) -> None:
         check_tars(source, config)
         self._source = source
         self._config = config
         self._window_bytes = window_bytes
+        self._rows = rows
         self._retries = retries
         self._seed = (seed, zlib.crc32(source.name.encode()))
         self._stream = stream
@@ -149,6 +153,8 @@ class SampleStream:
         if state is not None:
             self._restore(state)
         self._order = self._permutation(len(self._tars), _EPOCH, stream, self._epoch)
+        # Samples of the pass so far; None: it was begun before an interruption, and is not counted.
+        self._given = None if self._block else 0
         self._bad: list[BadSample] = []
         # In a row, without a usable sample in between.
         self._bad_tars = self._bad_samples = 0
@@ -171,11 +177,16 @@ class SampleStream:
             samples.append(sample)
             num_bytes += sample.num_bytes
             admit(sample.num_bytes)
+        if self._given is not None:
+            self._given += len(samples)
         if samples:
             place = (self._stream, self._epoch, self._block)
             samples = [samples[n] for n in self._permutation(len(samples), _BLOCK, *place)]
         self._block += 1
         if ended:
+            if self._given is not None and self._given < self._rows:
+                raise self._too_few(self._given)
+            self._given = 0
             self._epoch += 1
             self._block = self._next = self._turn = 0
             self._order = self._permutation(len(self._tars), _EPOCH, self._stream, self._epoch)
@@ -267,6 +278,14 @@ class SampleStream:
         if slow or self._bad_tars >= min(_MAX_BAD_TARS, len(self._tars)):
             raise self._hopeless(f"{self._bad_tars} of the stream's {len(self._tars)} tars")
 
+    def _too_few(self, count: int) -> UserError:
+        return UserError(
+            f"data source '{self._source.name}' gives {count} samples of {len(self._tars)} tars in "
+            f"stream {self._stream} of {self._config.num_streams}, fewer than the {self._rows} "
+            "that a batch takes of it: a batch would hold a pair twice; lower global_batch_size to "
+            f"{count / self._rows:.0%} of it or less, or the source's weight, or add samples"
+        )
+
     def _hopeless(self, what: str) -> UserError:
         last = f", the last: {self._bad[-1].sample}: {self._bad[-1].message}" if self._bad else ""
         return UserError(
@@ -285,7 +304,8 @@ class SampleStream:
             raise UserError(
                 f"data source '{self._source.name}' ({len(self._source.tars)} tars) is not the one "
                 "that the checkpoint was reading: other tars, seed or data.stream settings; give "
-                "it those of then"
+                "it those of then, with the tars named by braces, {00..99}, not by a glob: so one "
+                "that has gone keeps its place"
             )
         self._epoch, self._block, self._used, self._next, self._turn = numbers[1:_HEAD]
         for slot, ordinal, offset in zip(

@@ -58,7 +58,8 @@ class Evaluator:
             name: open_source(eval_set, cache_dir, on_bad_sample="fail")
             for name, eval_set in config.evaluation.sets.items()
         }
-        self._captions: dict[str, list[str]] = {}  # read at the first evaluation
+        # Read now: a set that is bad would end a run when it has trained.
+        self._captions = {name: captions(source, name) for name, source in self._sources.items()}
 
     def __call__(self, params: Any, model_state: Any) -> dict[str, SetResult]:
         """Results by set, in the order of the config."""
@@ -67,8 +68,6 @@ class Evaluator:
     def _evaluate_set(self, name: str, params: Any, model_state: Any) -> SetResult:
         config, source = self._config, self._sources[name]
         eval_set, model = config.evaluation.sets[name], config.model
-        if name not in self._captions:
-            self._captions[name] = captions(source)
         texts = self._captions[name]
 
         def embed_texts(texts: list[str]) -> np.ndarray:

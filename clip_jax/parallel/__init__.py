@@ -1,6 +1,10 @@
 """Mesh, multi-host start-up, and the table of sharding rules."""
 
-from clip_jax.parallel.agreement import from_first_process
+from clip_jax.parallel.agreement import (
+    from_first_process,
+    on_all_processes,
+    values_of_processes,
+)
 from clip_jax.parallel.mesh import (
     BATCH_AXES,
     MESH_AXES,
@@ -27,9 +31,11 @@ __all__ = [
     "from_first_process",
     "make_mesh",
     "matching_rules",
+    "on_all_processes",
     "partition_spec",
     "replicated",
     "start_processes",
     "state_shardings",
     "to_global_batch",
+    "values_of_processes",
 ]

@@ -2,9 +2,11 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
+
+from clip_jax.data.report import STAGES
 
 
 class Clock:
@@ -43,9 +45,11 @@ class Clock:
         now = time.perf_counter()
         seconds = max(now - self._lap_start, 1e-9)
         samples = (step - self._lap_step) * local_batch_size
+        wait = min(self._waited / seconds, 1.0)
         figures = {
             "steps_per_second": (step - self._lap_step) / seconds,
-            "data_wait": min(self._waited / seconds, 1.0),
+            "data_wait": wait,
+            "data_wait/transfer": min(self._transferred / seconds, wait),
             "train_seconds": now - self._run_start,
             "data/transfer_ms": 1000 * self._transferred / (samples or 1),
         }
@@ -56,3 +60,15 @@ class Clock:
     def skip(self) -> None:
         """Leaves the time since the last lap out of the next one's figures."""
         self._lap_start = time.perf_counter()
+
+
+def split_wait(figures: Mapping[str, float]) -> dict[str, float]:
+    """`data_wait` less the transfer, shared out over the stages by the time that a sample takes.
+
+    figures: `data_wait`, `data_wait/transfer` and `data/STAGE_ms` of each stage. The stages
+    overlap, so what a wait was for is not known: that with most of the work is the one to mend.
+    """
+    stages = {stage: figures[f"data/{stage}_ms"] for stage in STAGES}
+    total = sum(stages.values()) or 1.0
+    left = figures["data_wait"] - figures["data_wait/transfer"]
+    return {f"data_wait/{stage}": left * ms / total for stage, ms in stages.items()}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,42 +14,66 @@ from jax.experimental import multihost_utils
 from clip_jax.checkpoint import Workdir
 from clip_jax.config import ExperimentConfig, UserError
 from clip_jax.data.configured_text import configured_text, packing_rows
+from clip_jax.data.order import Positions
 from clip_jax.data.pipeline import BatchIterator, training_batches
 from clip_jax.data.record import Source
 from clip_jax.data.sources import open_source
 from clip_jax.data.stream_batches import StreamBatches, local_streams, stream_batches
+from clip_jax.data.text_inputs import PackedText, PaddedText
 from clip_jax.data.tokenizers import Tokenizer
-from clip_jax.parallel import from_first_process
+from clip_jax.parallel import from_first_process, on_all_processes, values_of_processes
 
 _COUNTS = ("data/bad_", "data/cut_")  # are summed over processes; the other figures are averaged
 
 
 def open_sources(config: ExperimentConfig, cache: Path) -> dict[str, Source]:
-    """The training sources, opened; none where the run streams. Raises as `open_source` does."""
+    """The training sources, opened; none where the run streams.
+
+    Raises as `open_source` does, on all processes where one of them cannot open them.
+    """
     data = config.data
     if data.streams:
         return {}
-    return {
-        name: open_source(
-            source, cache, retries=data.read_retries, on_bad_sample=data.on_bad_sample
-        )
-        for name, source in data.sources.items()
-    }
+
+    def open_all() -> dict[str, Source]:
+        return {
+            name: open_source(
+                source, cache, retries=data.read_retries, on_bad_sample=data.on_bad_sample
+            )
+            for name, source in data.sources.items()
+        }
+
+    return on_all_processes(open_all)
 
 
 def describe_sources(config: ExperimentConfig, sources: Mapping[str, Source]) -> str:
     """How much there is to read, in words."""
     if config.data.streams:
-        return f"{len(config.data.sources)} sources in {config.data.stream.num_streams} streams"
+        count = len(config.data.sources)
+        plural = "s" if count > 1 else ""
+        return f"{count} source{plural} in {config.data.stream.num_streams} streams"
     return f"{sum(map(len, sources.values())):,} samples"
 
 
 def keep_packing_rows(config: ExperimentConfig, workdir: Workdir) -> ExperimentConfig:
-    """The config with the rows of a group that the run in `workdir` has measured before."""
+    """The config with the rows of a group that the run in `workdir` has measured before.
+
+    Of the same captions in the same groups alone: others are measured anew.
+    """
     packing = config.data.packing
-    if not packing.group_size or packing.rows is not None or not workdir.exists():
+    if not packing.group_size or packing.rows is not None:
         return config
-    return _with_rows(config, workdir.load_config().data.packing.rows)
+    if not from_first_process(workdir.exists()):
+        return config
+    saved = workdir.load_config()
+
+    def measured(config: ExperimentConfig) -> tuple[object, ...]:
+        length = config.model.text.context_length
+        return config.data.sources, config.data.packing.group_size, length
+
+    if measured(config) != measured(saved):
+        return config
+    return _with_rows(config, saved.data.packing.rows)
 
 
 def measure_packing_rows(
@@ -75,8 +100,9 @@ class TrainingInput:
     saved: what `position` returned at the checkpoint that the run goes on from; {}: it begins.
     bad_samples: JSON lines of the samples that were passed over are appended to this file.
 
-    Raises UserError where the sources hold other samples than when the run began, and as
-    `training_batches` and `stream_batches` do.
+    Raises UserError where the sources hold other samples than when the run was saved or than on
+    other processes, and as `training_batches` and `stream_batches` do: on all processes, which make
+    it together.
     """
 
     def __init__(
@@ -91,39 +117,37 @@ class TrainingInput:
         allow_config_change: bool = False,
     ) -> None:
         self._num_samples = {name: len(source) for name, source in sources.items()}
-        if not allow_config_change:
-            _check_same(self._num_samples, saved.get("num_samples", {}))
         self._bad_samples = bad_samples
-        text = configured_text(config, sources, tokenizer)
-        run: dict[str, Any] = {
-            "image": config.model.image,
-            "seed": config.seed,
-            "global_batch_size": config.global_batch_size,
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
-            "start_sample": first_sample,
-        }
-        self._streams: StreamBatches | None = None
-        self._batches: BatchIterator | StreamBatches
-        if config.data.streams:
-            states = saved.get("streams")
-            if states is not None:
-                mine = local_streams(len(states), jax.process_index(), jax.process_count())
-                states = np.array(states, np.int64)[mine.start : mine.stop]
-            self._batches = self._streams = stream_batches(config.data, text, states=states, **run)
-        else:
-            num_samples = config.num_steps * config.global_batch_size
-            self._batches = training_batches(
-                config.data, sources, text, num_samples=num_samples, **run
-            )
+        self._batch_size = config.global_batch_size
+        self._places = Positions(config.data.skipped_ranges)
+        # By its place: ranges that came in since then may lie before it.
+        self._consumed = first_sample
+        if "place" in saved:
+            self._consumed = self._places.consumed_before(saved["place"])
+
+        def open_batches() -> BatchIterator | StreamBatches:
+            if not allow_config_change:
+                _check_same(self._num_samples, saved.get("num_samples", {}))
+            text = configured_text(config, sources, tokenizer)
+            return _batches(config, sources, text, start=self._consumed, saved=saved)
+
+        self._batches = on_all_processes(open_batches)
+        _check_same_everywhere(self._batches, self._num_samples)
+
+    @property
+    def place(self) -> int:
+        """Where the next sample stands in the order."""
+        return int(self._places(np.array([self._consumed]))[0])
 
     def __next__(self) -> dict[str, np.ndarray]:
         """This process's share of the next batch. What was bad in it is written down."""
-        batch = next(self._batches)
-        bad = self._batches.drain_bad_samples()
-        if bad:
-            with self._bad_samples.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(sample) + "\n" for sample in bad)
+        try:
+            batch = next(self._batches)
+        finally:  # what ends a run has to be found there too
+            if bad := self._batches.drain_bad_samples():
+                with self._bad_samples.open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(sample) + "\n" for sample in bad)
+        self._consumed += self._batch_size
         return batch
 
     def position(self) -> dict[str, Any]:
@@ -131,14 +155,15 @@ class TrainingInput:
 
         A collective where sources stream: all processes call it after the same batch.
         """
-        if self._streams is None:
-            return {"num_samples": self._num_samples}
-        states = self._streams.states()
+        position: dict[str, Any] = {"place": self.place}
+        if not isinstance(self._batches, StreamBatches):
+            return position | {"num_samples": self._num_samples}
+        states = self._batches.states()
         if jax.process_count() > 1:
             # As pairs of 32 bits: JAX would cut off the upper half of an int64.
             halves = multihost_utils.process_allgather(states.view(np.int32))
             states = np.ascontiguousarray(halves.reshape(-1, halves.shape[-1])).view(np.int64)
-        return {"streams": states.tolist()}
+        return position | {"streams": states.tolist()}
 
     def figures(self) -> dict[str, float]:
         """Times and counts since the last call, over all processes: a collective."""
@@ -155,6 +180,52 @@ class TrainingInput:
 
     def close(self) -> None:
         self._batches.close()
+
+
+def _batches(
+    config: ExperimentConfig,
+    sources: Mapping[str, Source],
+    text: PaddedText | PackedText,
+    *,
+    start: int,
+    saved: Mapping[str, Any],
+) -> BatchIterator | StreamBatches:
+    """This process's batches after `start` samples of the run."""
+    run: dict[str, Any] = {
+        "image": config.model.image,
+        "seed": config.seed,
+        "global_batch_size": config.global_batch_size,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+        "start_sample": start,
+    }
+    if not config.data.streams:
+        num_samples = config.num_steps * config.global_batch_size
+        return training_batches(config.data, sources, text, num_samples=num_samples, **run)
+    states = saved.get("streams")
+    if states is not None:
+        mine = local_streams(len(states), jax.process_index(), jax.process_count())
+        states = np.array(states, np.int64)[mine.start : mine.stop]
+    return stream_batches(config.data, text, states=states, **run)
+
+
+def _check_same_everywhere(
+    batches: BatchIterator | StreamBatches, num_samples: Mapping[str, int]
+) -> None:
+    """Raises UserError, on all processes, where they would not draw from the same samples."""
+    if isinstance(batches, StreamBatches):
+        what, here = "lists of tars", batches.fingerprint
+    else:
+        spelled = json.dumps(sorted(num_samples.items()))
+        what, here = f"numbers of samples (here {spelled})", zlib.crc32(spelled.encode())
+    values = values_of_processes(here)
+    for process, value in enumerate(values):
+        if value != values[0]:
+            batches.close()
+            raise UserError(
+                f"processes 0 and {process} see different data: their sources have other {what}; "
+                "give all hosts the same files"
+            )
 
 
 def _check_same(now: Mapping[str, int], saved: Mapping[str, int]) -> None:

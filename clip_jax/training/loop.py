@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ from clip_jax.evaluation.evaluate import Evaluator, metrics_line
 from clip_jax.evaluation.run_report import write_run_report
 from clip_jax.parallel import from_first_process, make_mesh, to_global_batch
 from clip_jax.tasks import ContrastiveTask
-from clip_jax.training.clock import Clock
+from clip_jax.training.clock import Clock, split_wait
 from clip_jax.training.input import (
     TrainingInput,
     describe_sources,
@@ -120,9 +121,9 @@ def train(
             starting = starting_arrays(config, abstract)
 
         # ---- All checks have passed: from here on files change ---------------------------------
+        drop_bad_samples_after(workdir.bad_samples(jax.process_index()), batches.place)
         if is_first_process:
             drop_metrics_after(workdir.metrics, first_step)
-            drop_bad_samples_after(workdir, first_sample)
             tokenizer.save(workdir.tokenizer)
             workdir.save_config(config)
         if store is None:
@@ -170,6 +171,7 @@ def train(
         def log(step: int, metrics: dict[str, jax.Array]) -> None:
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             values |= clock.lap(step, local_batch_size=local_batch_size) | batches.figures()
+            values |= split_wait(values)
             values["samples_seen"] = samples_seen(step)
             values["samples_per_second"] = values["steps_per_second"] * config.global_batch_size
             if writer is not None:
@@ -201,6 +203,8 @@ def train(
                     # The data went bad on the way. Saving takes all processes; one would hang.
                     if step - 1 > first_step and jax.process_count() == 1:
                         run.save(step - 1, samples_seen(step - 1), state, batches)
+                        store.wait()
+                        progress.say(_how_to_resume(workdir, step - 1))
                     raise
                 with jax.transfer_guard("disallow"):
                     state, metrics = train_step(state, batch)
@@ -279,7 +283,15 @@ class _Run:
         )
 
     def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
-        results = self.evaluator(state.params, state.model_state)
+        try:
+            results = self.evaluator(state.params, state.model_state)
+        except UserError as error:
+            if self.store.latest_step() != step:
+                raise
+            workdir = shlex.quote(str(self.workdir.path))
+            raise UserError(
+                f"{error}; step {step} is saved: after that, clip-jax eval --workdir={workdir}"
+            ) from None
         scores = metrics_line(results)
         if self.writer is not None:
             self.writer.write(step, scores)
@@ -347,8 +359,8 @@ def _should_stop(interrupted: threading.Event, step: int) -> bool:
 
 
 def _how_to_resume(workdir: Workdir, step: int) -> str:
-    command = [
-        *(sys.executable, "-m", "clip_jax.cli", "train"),
-        *(f"--config={workdir.config}", f"--workdir={workdir.path}"),
-    ]
+    # As it was called: by the installed script, or as a module.
+    script = Path(sys.argv[0])
+    program = [str(script)] if script.name == "clip-jax" else [sys.executable, "-m", "clip_jax.cli"]
+    command = [*program, "train", f"--config={workdir.config}", f"--workdir={workdir.path}"]
     return f"stopped at step {step}, saved. To go on: {shlex.join(command)}"

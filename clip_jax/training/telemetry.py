@@ -107,12 +107,16 @@ class ProgressLine:
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """values: loss, samples_per_second, data_wait (share of time), eta_seconds.
 
-        Where waiting for data shows, the stage that takes longest is named: of `data/STAGE_ms`.
+        Where waiting for data shows, the stage with the most of it is named: `data_wait/STAGE`.
         """
-        stages = {k.removeprefix("data/"): v for k, v in values.items() if k.endswith("_ms")}
+        stages = {
+            key.removeprefix("data_wait/"): share
+            for key, share in values.items()
+            if key.startswith("data_wait/")
+        }
         why = ""
         if stages and values["data_wait"] > _WAIT_TO_EXPLAIN:
-            why = f" ({max(stages, key=stages.__getitem__).removesuffix('_ms')})"
+            why = f" ({max(stages, key=stages.__getitem__)})"
         numbers = (
             f"loss {values['loss']:.4f}  {values['samples_per_second']:,.0f} samples/s  "
             f"data wait {values['data_wait']:.0%}{why}"

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -74,8 +74,15 @@ fsspec.register_implementation("bucket", Bucket, clobber=True)
 
 
 class _Handler(BaseHTTPRequestHandler):
-    def __init__(self, *args: Any, files: dict[str, bytes], ranges: bool, delay: float) -> None:
-        self.files, self.ranges, self.delay = files, ranges, delay
+    def __init__(
+        self,
+        *args: Any,
+        files: dict[str, bytes],
+        ranges: bool,
+        delay: float,
+        failures: list[int],
+    ) -> None:
+        self.files, self.ranges, self.delay, self.failures = files, ranges, delay, failures
         super().__init__(*args)
 
     def do_HEAD(self) -> None:
@@ -86,6 +93,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: bool) -> None:
         time.sleep(self.delay)
+        failure = self.failures.pop(0) if self.failures else 200
+        if failure != 200:
+            if failure:
+                self.send_error(failure)
+            self.close_connection = True  # 0: without an answer
+            return
         content = self.files.get(self.path)
         if content is None:
             self.send_error(404)
@@ -106,9 +119,17 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def web_server(files: dict[str, bytes], ranges: bool = True, delay: float = 0.0) -> Iterator[str]:
-    """Serve `files` (by path, with the leading slash); yields the URL of the root."""
-    handler = partial(_Handler, files=files, ranges=ranges, delay=delay)
+def web_server(
+    files: dict[str, bytes],
+    ranges: bool = True,
+    delay: float = 0.0,
+    failures: Sequence[int] = (),
+) -> Iterator[str]:
+    """Serve `files` (by path, with the leading slash); yields the URL of the root.
+
+    failures: statuses of the first requests, 0 for a connection that is dropped.
+    """
+    handler = partial(_Handler, files=files, ranges=ranges, delay=delay, failures=list(failures))
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()

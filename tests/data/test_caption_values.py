@@ -48,6 +48,31 @@ def test_no_caption(value, message):
     assert caught.value.reason == "caption"
 
 
+def in_lists(value, depth):
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("depth", [2, 8])
+def test_lists_in_lists(depth):
+    fields = nested_value(in_lists({"b": "a cat"}, depth), "b")
+    for value in (in_lists("a cat", depth), fields):
+        assert captions_of_values([value], ["key"])[0] == ("a cat",)
+
+
+@pytest.mark.parametrize("depth", [9, 100, 600, 900, 5000])
+def test_lists_too_deep_are_no_captions(depth):
+    """JSON of some of these depths parses where a function that calls itself would fail."""
+    deep = in_lists("a cat", depth)
+    assert captions_of_values([[deep, "a dog"]], ["key"])[0] == ("a dog",)
+    fields = nested_value(in_lists({"b": "a cat"}, depth), "b")
+    for value, message in ((deep, "lists in lists, more than 8 deep"), (fields, "no caption")):
+        with pytest.raises(BadSampleError, match=message) as caught:
+            captions_of_values([value], ["key"])
+        assert caught.value.reason == "caption"
+
+
 def test_nasty_captions_stay_as_they_are():
     for text in NASTY:
         if text.strip():

@@ -63,6 +63,18 @@ def test_keys_in_their_order():
     )
 
 
+@pytest.mark.parametrize("keys", [(), ("caption",)])
+@pytest.mark.parametrize("depth", [2, 100, 600, 900, 5000])
+def test_lists_in_lists(depth, keys):
+    content = b'{"caption": ' + b"[" * depth + b'"a cat"' + b"]" * depth + b"}"
+    if depth == 2:
+        assert captions_of(None, content, keys)[0] == ("a cat",)
+        return
+    with pytest.raises(BadSampleError, match=r"lists in lists|does not parse") as caught:
+        captions_of(None, content, keys)
+    assert caught.value.reason == "caption"
+
+
 def test_weights_are_shared():
     content = as_json(alt="alt", synthetic=["a", "b", "", "alt"])
     captions, weights = captions_of(b"raw", content, ("txt", "alt", "synthetic"), (2, 1, 3))

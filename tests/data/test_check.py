@@ -211,4 +211,4 @@ def test_files_that_vanish_or_end_early(tmp_path, tokenizer):
     assert check.num_bad == {"read": 3}
     assert list(check.bad_by_shard) == [str(gone)]
     assert [line.split(":")[0] for line in check.damaged] == [str(cut)]
-    assert "is damaged and its samples end early" in findings(check)[0]
+    assert "is damaged or cut short" in findings(check)[0]

@@ -112,6 +112,51 @@ def test_a_dead_store_shows_in_seconds(no_waiting):
     assert files.read(1, 0, 1) == CONTENT[:1]
 
 
+def test_each_store_is_dead_by_itself(no_waiting, tmp_path):
+    """Three dead hosts do not take the retries from one that is alive, nor the local disk its."""
+    Bucket.empty()
+    Bucket.objects["alive/a"] = CONTENT
+    (tmp_path / "a").write_bytes(CONTENT)
+    names = [f"bucket://dead{number}/a" for number in range(3)] + ["bucket://alive/a"]
+    files = Files([*names, str(tmp_path / "a")])
+    Bucket.down = ConnectionRefusedError("down")
+    for number in (0, 1, 2, 0, 1, 2, 0, 1, 2):
+        with pytest.raises(BadSampleError, match="down"):
+            files.read(number, 0, 1)
+    assert len(no_waiting) == 9 * 3
+    with pytest.raises(BadSampleError, match=r"down$"):  # its fourth read has one attempt
+        files.read(0, 0, 1)
+    Bucket.down = None
+    Bucket.errors += [TimeoutError()] * 3
+    assert files.read(3, 0, 1) == files.read(4, 0, 1) == CONTENT[:1]
+    Bucket.errors += [TimeoutError()]
+    with pytest.raises(BadSampleError, match="TimeoutError"):  # dead still: others were read
+        files.read(0, 0, 1)
+
+
+def test_few_stores_are_remembered(no_waiting, monkeypatch):
+    monkeypatch.setattr(files_module, "_MOST_FILESYSTEMS", 3)
+    monkeypatch.setattr(files_module, "_MOST_FAILING", 4)
+    made = []
+    make = files_module.remote_filesystem
+    monkeypatch.setattr(
+        files_module, "remote_filesystem", lambda url: made.append(url) or make(url)
+    )
+    Bucket.empty()
+    Bucket.objects |= {f"{number}/a": CONTENT for number in range(10)}
+    files = Files([f"bucket://{number}/a" for number in range(10)], retries=0)
+    for number in (0, 0, 1, 2, 0, 3, 0, 1):  # 1 is the one used longest ago when 3 comes
+        assert files.read(number, 0, 1) == CONTENT[:1]
+    assert made == [f"bucket://{number}/a" for number in (0, 1, 2, 3, 1)]
+    Bucket.down = ConnectionRefusedError("down")
+    for number in range(10):
+        with pytest.raises(BadSampleError, match="down"):
+            files.read(number, 0, 1)
+    assert len(files._filesystems._values) == 3
+    assert len(files._failed) == 4
+    assert pickle.loads(pickle.dumps(files))._retries == 0
+
+
 def test_local_io_errors_open_the_file_again(tmp_path, no_waiting, monkeypatch):
     path = tmp_path / "a"
     path.write_bytes(CONTENT)
@@ -203,8 +248,8 @@ def test_sequential_reading_goes_on_after_a_failed_read(no_waiting, monkeypatch)
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("gs://bucket/a.tar", "pip install gcsfs"),
-        ("s3://bucket/a.tar", "pip install s3fs"),
+        ("gs://bucket/a.tar", r"pip install 'clip-jax-training\[gcs\]'"),
+        ("s3://bucket/a.tar", r"pip install 'clip-jax-training\[s3\]'"),
         ("nosuch://bucket/a.tar", "Protocol not known: nosuch; is the URL right"),
     ],
 )
@@ -239,6 +284,61 @@ def test_web_servers():
         pytest.raises(BadSampleError, match="ignores byte ranges"),
     ):
         Files([f"{root}/a"]).read(0, 10, 20)
+
+
+# fsspec looks a web address up by HEAD and then GET, and calls every failure "not found".
+@pytest.mark.parametrize("failure", [0, 503])
+def test_web_failures_to_look_up_that_pass(no_waiting, failure):
+    pytest.importorskip("aiohttp")
+    # A client tries a dropped HEAD or GET again by itself, once.
+    with web_server({"/a": CONTENT}, failures=[failure] * 8) as root:
+        assert Files([f"{root}/a"], retries=5).size(0) == len(CONTENT)
+    assert sum(map(bool, no_waiting)) >= 2
+
+
+@pytest.mark.parametrize(("status", "gone"), [(404, True), (410, True), (403, False), (500, False)])
+def test_which_web_failures_mean_gone(no_waiting, status, gone):
+    pytest.importorskip("aiohttp")
+    with (
+        web_server({"/a": CONTENT}, failures=[status] * 99) as root,
+        pytest.raises(BadSampleError) as caught,
+    ):
+        Files([f"{root}/a"], retries=1).size(0)
+    assert isinstance(caught.value.__cause__, FileNotFoundError) == gone
+    assert sum(map(bool, no_waiting)) == (status == 500)  # the server sleeps for 0 seconds
+
+
+def test_a_dead_file_does_not_stall_its_store(no_waiting):
+    """Its reads have one attempt after three that failed, though others succeed in between."""
+    Bucket.empty()
+    Bucket.objects |= {"b/0": CONTENT, "b/1": CONTENT}
+    files = Files(["bucket://b/0", "bucket://b/1"])
+    for _ in range(10):
+        Bucket.errors[:] = [OSError("503")] * 4
+        with pytest.raises(BadSampleError, match="503"):
+            files.read(0, 0, 1)
+        Bucket.errors.clear()
+        assert files.read(1, 0, 1) == CONTENT[:1]
+    assert len(no_waiting) == 3 * 3
+    assert files.read(0, 0, 1) == CONTENT[:1]
+    Bucket.errors[:] = [TimeoutError()] * 3  # alive again: retries are back
+    assert files.read(0, 0, 1) == CONTENT[:1]
+
+
+def test_a_stream_from_a_server_without_ranges(monkeypatch):
+    pytest.importorskip("aiohttp")
+    with web_server({"/a": CONTENT}, ranges=False) as root:
+        with (
+            open_sequential(f"{root}/a", 5) as file,
+            pytest.raises(UserError, match="ignores byte ranges, which both"),
+        ):
+            file.read(10)
+        monkeypatch.setattr(files_module, "_BLOCK", 1000)
+        with (
+            open_sequential(f"{root}/a") as file,
+            pytest.raises(UserError, match="ignores byte ranges, which both"),
+        ):
+            file.read(10)
 
 
 def test_a_server_that_does_not_answer_costs_its_time_limit(monkeypatch):

@@ -2,6 +2,7 @@ import collections
 import dataclasses
 import pickle
 import re
+import time
 
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def one_host(sources, text, *, config=ONE, batch=8):
 def read(source, tokenizer, **options):
     """The batches of one host over an evaluation set."""
     options = {"batch_size": 8, "framing": "crop", "process_index": 0, "process_count": 1} | options
-    options = {"image": IMAGE, "context_length": CONTEXT_LENGTH} | options
+    options = {"image": IMAGE, "context_length": CONTEXT_LENGTH, "num_threads": 2} | options
     batches = EvaluationBatches(source, tokenizer, **options)
     return [batches[index][0] for index in range(len(batches))]
 
@@ -219,6 +220,72 @@ def test_a_set_of_bad_samples_fails(text):
     assert sum(map(int, counts.values())) == 101
     last = {"gone": "memory, sample 0", "torn": "sample number 1", "none": "sample number 2"}
     assert any(f"the last: {sample}: {error};" in message for error, sample in last.items())
+
+
+class Dead(Failing):
+    """A source that takes its time to say that it cannot be read."""
+
+    def __init__(self, reason, seconds):
+        super().__init__(BadSampleError(reason, "no answer"))
+        self._seconds = seconds
+        self.num_reads = 0
+
+    def __getitem__(self, index):
+        self.num_reads += 1
+        time.sleep(self._seconds)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(
+    ("limit", "reason", "seconds", "least", "most"),
+    [
+        (0.1, "read", 0.03, 3, 4),
+        (0.1, "read", 0.2, 3, 3),
+        (30.0, "read", 0, 101, 101),
+        (0.0, "archive", 0, 101, 101),
+    ],
+)
+def test_a_dead_store_ends_the_run(text, monkeypatch, limit, reason, seconds, least, most):
+    monkeypatch.setattr("clip_jax.data.host_batches._MAX_READING_SECONDS", limit)
+    source = Dead(reason, seconds)
+    config = dataclasses.replace(ONE, num_threads=0)
+    with pytest.raises(UserError) as caught:
+        one_host({"s": source}, text, config=config)[0]
+    count = source.num_reads
+    assert least <= count <= most
+    start = f"{count} samples in a row of data source 's' are bad ({reason}: {count}), the last: "
+    assert str(caught.value).startswith(start)
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+@pytest.mark.parametrize("error", [KeyError("unexpected"), RecursionError("too deep")])
+def test_an_unexpected_error_comes_as_itself(text, threads, error):
+    config = dataclasses.replace(ONE, num_threads=threads)
+    source = Failing(*[error] * 8)
+    with (
+        host_batches({"s": source}, text, config=config) as batches,
+        pytest.raises(type(error), match=str(error.args[0])),
+    ):
+        next(batches)
+
+
+@pytest.mark.parametrize("threads", [0, 2, 5])
+def test_a_report_does_not_depend_on_the_threads(damaged, text, threads):
+    config = dataclasses.replace(ONE, num_threads=threads)
+    start = time.perf_counter()
+    _, report = one_host({"s": damaged}, text, config=config, batch=24)[0]
+    seconds = time.perf_counter() - start
+    assert report.num_samples == 24
+    positions = [bad.position for bad in report.bad_samples]
+    assert positions == sorted(positions)
+    assert collections.Counter(bad.reason for bad in report.bad_samples) == {
+        "image": 3,
+        "caption": 4,
+    }
+    stages = [report.read, report.decode, report.tokenize, report.batch]
+    assert all(stage > 0 for stage in stages)
+    if not threads:
+        assert sum(stages) <= seconds
 
 
 def test_a_missing_package_is_no_bad_sample(text):

@@ -183,3 +183,21 @@ def test_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match="pip install pyarrow"):
         ParquetSource(str(tmp_path), tmp_path / "index")
+
+
+@pytest.mark.parametrize("other", ["text", "image"])
+def test_files_of_other_columns(tmp_path, other):
+    """All files are looked at, the last as well, by the columns that are needed."""
+    data = pa.table({"image": STRUCT[:2], "text": TEXTS[:2]})
+    for number in range(3):
+        more = data.append_column("n", pa.array([1, 2])) if number == 1 else data
+        write(tmp_path / f"{number}.data", "parquet", more)
+    path = str(tmp_path / "*.data")
+    assert len(ParquetSource(path, tmp_path / "index")) == 6
+    names = {"image": "image", "text": "text", other: "renamed"}
+    write(tmp_path / "2.data", "parquet", data.rename_columns([names["image"], names["text"]]))
+    for _ in range(2):  # the second time by the index
+        listed = ", ".join([names["image"], names["text"]])
+        message = rf"0.data has image, text; .*2.data has {listed}; make a source of each"
+        with pytest.raises(UserError, match=message):
+            ParquetSource(path, tmp_path / "index")

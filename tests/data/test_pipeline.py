@@ -227,11 +227,12 @@ def test_evaluation_reads_ahead(tar_sources, text):
 
 
 def test_captions(tar_sources, tmp_path):
-    assert captions(tar_sources["small"]) == [f"caption {number}" for number in range(100, 111)]
+    texts = captions(tar_sources["small"], "own")
+    assert texts == [f"caption {number}" for number in range(100, 111)]
     members = dict(pairs(0, 2)) | {"s0001.txt": b" "}
     damaged = WebdatasetSource(str(write_tar(tmp_path / "d.tar", members.items())), tmp_path / "i")
     with pytest.raises(UserError, match="key s0001: no caption"):
-        captions(damaged)
+        captions(damaged, "own")
     assert list(training_captions({"s": damaged})) == ["caption 0"]
 
 

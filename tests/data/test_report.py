@@ -37,6 +37,12 @@ def test_stats_are_of_a_lap_and_always_the_same():
     assert totals.stats() == nothing | {"data/bad_shards": 2}
 
 
+def test_reports_of_threads_add_up():
+    report = BatchReport(3, read=0.5, batch=1.0, bad_samples=[bad(1)])
+    report.add(BatchReport(2, 0.25, 2.0, 3.0, 4.0, 5, [bad(2), bad(3)]))
+    assert report == BatchReport(5, 0.75, 2.0, 3.0, 5.0, 5, [bad(1), bad(2), bad(3)])
+
+
 def test_bad_samples_are_drained_once():
     totals = ReportTotals()
     totals.add(BatchReport(1, bad_samples=[bad(7)]))

@@ -256,7 +256,7 @@ def test_bad_samples_fail_on_request(damaged, text):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_only_bad_pictures_are_an_error(tmp_path, text, workers):
-    members = [(name, b"none" if name.endswith("png") else data) for name, data in pairs(0, 5)]
+    members = [(name, b"none" if name.endswith("png") else data) for name, data in pairs(0, 8)]
     write_tar(tmp_path / "a.tar", members)
     config = DataConfig(
         sources={"s": SourceConfig(access="stream", path=str(tmp_path / "a.tar"))},
@@ -265,7 +265,10 @@ def test_only_bad_pictures_are_an_error(tmp_path, text, workers):
     )
     with (
         open_batches(config, text) as batches,
-        pytest.raises(UserError, match="101 samples in a row of data source 's' do not decode"),
+        pytest.raises(
+            UserError,
+            match=r"101 samples in a row of data source 's' are bad \(image: 101\), the last",
+        ),
     ):
         next(batches)
 
@@ -413,6 +416,8 @@ def test_packed_captions(config, tokenizer):
     batches, _, _ = global_batches(config, packed, 3)
     assert digest(batches) == digest(global_batches(config, packed, 3, hosts=2)[0])
     assert batches[0]["tokens"].shape == (2, 3, 8)
+    workers = dataclasses.replace(config, num_workers=2)
+    assert digest(batches) == digest(global_batches(workers, packed, 3)[0])
 
 
 @pytest.mark.parametrize(
@@ -444,6 +449,21 @@ def test_mistakes(config, text, changes, options, message):
     with pytest.raises(UserError, match=message) as caught:
         open_batches(dataclasses.replace(config, **changes), text, **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("batch", "fits"), [(16, True), (24, False)])
+def test_a_batch_holds_no_sample_of_a_source_twice(config, text, batch, fits):
+    """A stream has 3 or 4 samples of 'small', of which 3/4 of its 4 or 6 rows of a batch are."""
+    sources = {
+        name: dataclasses.replace(source, weight={"small": 3.0, "large": 1.0}[name])
+        for name, source in config.sources.items()
+    }
+    changed = dataclasses.replace(config, sources=sources)
+    if fits:
+        global_batches(changed, text, 3, batch=batch)
+        return
+    with pytest.raises(UserError, match=r"'small' gives 3 samples of 1 tars .* fewer than the 4"):
+        global_batches(changed, text, 3, batch=batch)
 
 
 def test_sources_of_both_kinds_are_refused(config, text):

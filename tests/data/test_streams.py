@@ -235,6 +235,18 @@ def test_failures_that_pass_lose_nothing(source):
         assert not bad
 
 
+@pytest.mark.parametrize("count", [0, 13, 25, 40])
+def test_a_pass_of_fewer_samples_than_a_batch_takes(source, count):
+    """Told at the end of the first whole pass, wherever the run goes on."""
+    length = sum(len(block.samples) for block in epoch_of(stream_of(source)))
+    _, state, _ = take(stream_of(source), count)
+    assert len(keys(stream_of(source, state=state, rows=length), 100)) == 100
+    stream = stream_of(source, state=state, rows=length + 1)
+    message = rf"'s' gives {length} samples of 5 tars in stream 0 of 2, fewer than the {length + 1}"
+    with pytest.raises(UserError, match=message):
+        keys(stream, 100)
+
+
 def test_too_few_tars(source):
     with pytest.raises(UserError, match=r"'s' has 9 tars for 10 streams.* to 9 or fewer"):
         stream_of(source, config=StreamConfig(num_streams=10))
@@ -248,7 +260,8 @@ def test_states_of_another_run_are_refused(source):
     fewer = StreamedSource(name="s", tars=source.tars[:-1])
     other = StreamConfig(num_streams=2, interleave=3, window=11)
     for options in ({"source": fewer}, {"source": source, "config": other}):
-        with pytest.raises(UserError, match=r"'s' .* is not the one that the checkpoint was"):
+        message = r"'s' .* is not the one that the checkpoint was .* by braces, .* keeps its place"
+        with pytest.raises(UserError, match=message):
             stream_of(**options, state=state)
     with pytest.raises(UserError, match="is not the one"):
         stream_of(source, state=state[:-2])

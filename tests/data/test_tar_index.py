@@ -183,7 +183,9 @@ def test_an_object_that_changed_is_scanned_again(bucket, tmp_path):
 def test_a_dead_store_is_a_user_error(bucket, tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: None)
     Bucket.down = ConnectionRefusedError("down")
-    with pytest.raises(UserError, match=r"bucket://b/0.tar: ConnectionRefusedError: down"):
+    with pytest.raises(
+        UserError, match=r"bucket://b/0.tar cannot be read: ConnectionRefusedError: down"
+    ):
         build_indexes(bucket, tmp_path / "a")
 
 

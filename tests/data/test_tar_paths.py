@@ -2,13 +2,14 @@ import pytest
 from data.stores import Bucket, web_server
 
 from clip_jax.config.errors import UserError
-from clip_jax.data.sources.tar_paths import expand_path
+from clip_jax.data.sources.tar_paths import expand_path, expand_tars
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     for name in ["a-00.tar", "a-01.tar", "a-02.tar", "b-x.tar", "b-y.tar", "c-9.tar", "c-10.tar"]:
         (tmp_path / name).touch()
+    (tmp_path / "sub").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -38,6 +39,8 @@ def test_expansion(folder, path, expected):
         ("nothing-*.tar", "1 of 1 files"),
         (" , ", "empty"),
         ("pipe:cat a.tar", "commands are not run"),
+        (".", r"^\. is a folder: name the files in it, as in '\./\*.tar'"),
+        ("a-00.tar,sub/", r"^sub/ is a folder: name the files in it, as in 'sub/\*.tar'"),
     ],
 )
 def test_mistakes(folder, path, message):
@@ -100,7 +103,7 @@ def test_known_files_may_be_gone(bucket, folder):
 def test_a_store_that_does_not_answer(bucket, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: None)
     Bucket.down = ConnectionRefusedError("down")
-    with pytest.raises(UserError, match=r"bucket://b/a.tar: ConnectionRefusedError: down"):
+    with pytest.raises(UserError, match=r"bucket://b/a.tar cannot be read: Connection.*: down"):
         expand_path("bucket://b/a.tar")
     with pytest.raises(UserError, match=r"bucket://b/\*.tar cannot be listed: Connection"):
         expand_path("bucket://b/*.tar")
@@ -112,3 +115,25 @@ def test_a_query_is_no_glob():
         assert expand_path(f"{root}/a.tar?key=1") == [f"{root}/a.tar?key=1"]
         with pytest.raises(UserError, match="1 of 1 files"):
             expand_path(f"{root}/a.tar")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.TSV", "a.jsonl", "a.parquet", "a.arrow"])
+def test_files_that_are_no_tars(folder, name):
+    (folder / name).touch()
+    kind = "parquet" if name in ("a.parquet", "a.arrow") else "table"
+    with pytest.raises(UserError, match=rf"{name} is no tar: .*kind='{kind}' .*--kind={kind}"):
+        expand_tars(f"a-00.tar,{name}")
+    assert expand_tars("a-00.tar") == ["a-00.tar"]
+
+
+@pytest.mark.parametrize(
+    ("status", "message"), [(503, "cannot be read: .*503"), (404, "not exist")]
+)
+def test_a_web_server_that_fails(monkeypatch, status, message):
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with (
+        web_server({"/a.tar": b"x"}, failures=[status] * 99) as root,
+        pytest.raises(UserError, match=message),
+    ):
+        expand_path(f"{root}/a.tar")

@@ -7,7 +7,7 @@ from data.tars import END, header, padded, pairs, write_tar
 from clip_jax.data.record import BadSampleError
 from clip_jax.data.sources import tar_stream
 from clip_jax.data.sources.files import open_sequential
-from clip_jax.data.sources.tar_scan import ROW, scan
+from clip_jax.data.sources.tar_scan import NO_END, ROW, scan
 from clip_jax.data.sources.tar_stream import END as LAST
 from clip_jax.data.sources.tar_stream import tar_samples
 
@@ -32,7 +32,7 @@ def indexed(path):
         return data[512 * block : 512 * block + size] if block else None
 
     rows = [ROW.unpack(row.tobytes()) for row in found.rows]
-    return [tuple(map(member, row[:3], row[3:6])) for row in rows], bool(found.damage)
+    return [tuple(map(member, row[:3], row[3:6])) for row in rows], found.damage not in ("", NO_END)
 
 
 def contents(samples):

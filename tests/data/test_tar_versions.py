@@ -37,7 +37,9 @@ def test_a_folder_that_cannot_be_listed(caplog):
 def test_a_store_that_forbids():
     Bucket.empty()
     Bucket.down = PermissionError("forbidden")
-    with pytest.raises(UserError, match="bucket://b/a: PermissionError: forbidden; check"):
+    with pytest.raises(
+        UserError, match="bucket://b/a cannot be read: PermissionError: forbidden; check"
+    ):
         current_versions(["bucket://b/a"], 3)
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -144,11 +145,32 @@ def test_a_slow_source_is_named(text, caplog):
     assert "(samples 8 to 11 of the run; in hand: far/away.tar); before, in ms per" in caplog.text
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_closing_while_a_batch_is_made_leaves_no_thread(text, threads):
+    before = set(threading.enumerate())
+    config = dataclasses.replace(ONE, num_threads=threads)
+    batches = host_batches({"s": Stuck(400)}, text, config=config, batch=4)
+    next(batches)
+    long = host_batches({"s": Stuck(400)}, text, config=config, batch=400)
+    long._iterator.start_prefetch()
+    time.sleep(0.15)
+    start = time.monotonic()
+    long.close()
+    batches.close()
+    assert time.monotonic() - start < 1
+    while set(threading.enumerate()) - before and time.monotonic() - start < 5:
+        time.sleep(0.02)
+    assert not set(threading.enumerate()) - before
+
+
 class Stuck:
     """A source that takes its time."""
 
+    def __init__(self, count=4):
+        self._count = count
+
     def __len__(self):
-        return 4
+        return self._count
 
     def __getitem__(self, index):
         time.sleep(0.1)

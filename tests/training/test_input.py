@@ -131,14 +131,48 @@ def test_bad_samples_are_counted_and_written_down(config, tokenizer, tmp_path, k
     assert {line["reason"] for line in lines} == {"image"}
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_ends_a_run_is_written_down(config, tokenizer, tmp_path, workers):
+    tar = write_tar(tmp_path / "bad.tar", [(name, b"x") for name, _ in pairs(0, 40)])
+    sources = {"pairs": SourceConfig(path=str(tar))}
+    config = with_data(config, sources=sources, num_workers=workers)
+    with opened(config, tokenizer, tmp_path) as batches:
+        with pytest.raises(UserError, match=r"101 samples in a row .* \(image: 101\)"):
+            next(batches)
+        assert batches.place == 0
+    lines = (tmp_path / "bad_samples.jsonl").read_text().splitlines()
+    assert len(lines) == 101
+
+
 def test_what_the_resumed_run_will_meet_again_is_dropped(tmp_path):
-    workdir = Workdir(tmp_path)
-    for process, positions in enumerate([(1, 40, 12), (3, 31)]):
-        lines = [json.dumps({"position": position}) + "\n" for position in positions]
-        workdir.bad_samples(process).write_text("".join(lines) + '{"position": 2')
-    drop_bad_samples_after(workdir, 31)
-    kept = [workdir.bad_samples(process).read_text() for process in range(2)]
-    assert kept == ['{"position": 1}\n{"position": 12}\n', '{"position": 3}\n']
+    path = Workdir(tmp_path).bad_samples(3)
+    drop_bad_samples_after(path, 31)
+    assert not path.exists()
+    lines = [json.dumps({"position": position}) + "\n" for position in (1, 40, 31, 12)]
+    path.write_text("".join(lines) + '{"position": 2')
+    drop_bad_samples_after(path, 31)
+    assert path.read_text() == '{"position": 1}\n{"position": 12}\n'
+
+
+def test_a_range_is_skipped_on_the_way(config, tokenizer, tmp_path):
+    """Known only after 64 samples, wherever it lies: nothing comes twice, nothing is left out."""
+    size = config.global_batch_size
+    with opened(config, tokenizer, tmp_path) as batches:
+        before = [next(batches) for _ in range(2)]
+        saved = batches.position()
+        after = [next(batches) for _ in range(3)]
+        assert batches.place == 5 * size
+    ranges = ((10, 20), (3 * size, 4 * size))  # one that is over, one to come
+    resumed = with_data(config, skipped_ranges=ranges)
+    with opened(resumed, tokenizer, tmp_path, first_sample=2 * size, saved=saved) as batches:
+        assert batches.place == 2 * size
+        np.testing.assert_equal(next(batches), after[0])
+        assert batches.place == 4 * size
+        saved = batches.position()
+        np.testing.assert_equal(next(batches), after[2])
+    assert not np.array_equal(before[0]["image"], after[0]["image"])
+    with opened(resumed, tokenizer, tmp_path, first_sample=3 * size, saved=saved) as batches:
+        np.testing.assert_equal(next(batches), after[2])
 
 
 def test_rows_of_packed_text_are_measured_once(config, tokenizer, tmp_path):
@@ -154,6 +188,12 @@ def test_rows_of_packed_text_are_measured_once(config, tokenizer, tmp_path):
     workdir.save_config(given)
     assert keep_packing_rows(config, workdir) == given
     assert keep_packing_rows(measured, workdir) == measured
+    other_groups = with_data(config, packing=PackingConfig(group_size=16))
+    assert keep_packing_rows(other_groups, workdir) == other_groups
+    other_captions = dataclasses.replace(config.data.sources["pairs"], caption_keys=("alt",))
+    config = with_data(config, sources={"pairs": other_captions})
+    assert keep_packing_rows(config, workdir) == config
+    config = with_data(given, packing=PackingConfig(group_size=8))
     with pytest.raises(UserError, match=r"rows must be given where sources stream"):
         measure_packing_rows(streaming(config), {}, tokenizer)
 
@@ -161,7 +201,7 @@ def test_rows_of_packed_text_are_measured_once(config, tokenizer, tmp_path):
 def test_sources_in_words(config, tmp_path):
     sources = open_sources(config, tmp_path / "cache")
     assert describe_sources(config, sources) == "100 samples"
-    assert describe_sources(streaming(config), {}) == "1 sources in 4 streams"
+    assert describe_sources(streaming(config), {}) == "1 source in 4 streams"
 
 
 def test_a_run_on_streams_with_packed_text(config, tmp_path):

@@ -74,9 +74,13 @@ def saved_steps(workdir: Workdir) -> list[int]:
 def facts(workdir: Workdir) -> list[dict]:
     """The metrics without what a clock says."""
     return [
-        {k: v for k, v in line.items() if k not in CLOCK_FIELDS and not k.endswith("_ms")}
+        {k: v for k, v in line.items() if k not in CLOCK_FIELDS and not _timed(k)}
         for line in read_metrics(workdir.metrics)
     ]
+
+
+def _timed(key: str) -> bool:
+    return key.endswith("_ms") or key.startswith("data_wait/")
 
 
 def test_a_run_leaves_what_the_design_says(whole_run, config):
@@ -231,6 +235,28 @@ def test_missing_evaluation_set_stops_before_training(config, tmp_path):
     with pytest.raises(UserError, match=r"gone\.tar"):
         train(other, workdir)
     assert not workdir.config.exists()
+
+
+def test_an_evaluation_set_without_captions_stops_before_training(config, tmp_path):
+    members = dict(pairs(0, 3)) | {"s0001.txt": b" "}
+    tar = write_tar(tmp_path / "bad.tar", members.items())
+    sets = {"bad": EvalSetConfig(path=str(tar))}
+    bad = dataclasses.replace(config, evaluation=EvaluationConfig(sets=sets, batch_size=32))
+    with pytest.raises(UserError, match=r"in evaluation set 'bad': .*key s0001: no caption"):
+        train(bad, Workdir(tmp_path / "run"))
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_an_image_that_spoils_the_last_evaluation_loses_nothing(config, whole_run, tmp_path):
+    members = dict(pairs(0, 3)) | {"s0001.png": b"no picture"}
+    tar = write_tar(tmp_path / "bad.tar", members.items())
+    workdir = Workdir(shutil.copytree(whole_run.path, tmp_path / "run"))
+    workdir.report.unlink()
+    sets = {"bad": EvalSetConfig(path=str(tar))}
+    bad = dataclasses.replace(config, evaluation=EvaluationConfig(sets=sets, batch_size=32))
+    with pytest.raises(UserError, match=r"key s0001: cannot decode .*clip-jax eval --workdir="):
+        train(bad, workdir)
+    assert saved_steps(workdir) == [5, 10]
 
 
 def test_evaluation_during_the_run(config, tmp_path):

@@ -77,7 +77,8 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
 def test_what_the_data_waits_for(capsys, wait, shown):
     progress = ProgressLine(first_step=0, num_steps=100)
     values = {"loss": 1, "samples_per_second": 1, "data_wait": wait, "eta_seconds": 0}
-    progress.update(1, values | {"data/read_ms": 0.1, "data/decode_ms": 2, "data/bad_samples": 9})
+    shares = {"data_wait/read": 0.01, "data_wait/decode": 0.09, "data/read_ms": 7.0}
+    progress.update(1, values | shares)
     progress.close()
     assert f"data wait {shown}  ETA" in capsys.readouterr().err
 

@@ -8,6 +8,8 @@ from clip_jax.data.record import BadSampleError, Source
 
 # Characters. What is longer is no caption but a value gone astray, and would hold up the tokenizer.
 MAX_CAPTION = 2**20
+# Lists in lists. What lies deeper is no caption either, and ends at Python's depth of calls.
+_MAX_DEPTH = 8
 _CHECKED_SAMPLES = 100
 _CHECK_SECONDS = 10.0  # where the storage is dead each sample takes some
 
@@ -28,7 +30,7 @@ def captions_of_values(
     the message.
 
     Whitespace around captions is taken off. Empty captions, those of more than 2**20 characters
-    and what is not UTF-8 or not text do not count.
+    and what is not UTF-8, not text or in more than 8 lists do not count.
 
     Raises BadSampleError("caption") if none is left.
     """
@@ -48,9 +50,12 @@ def captions_of_values(
     return tuple(found), tuple(weight / total for weight in found.values())
 
 
-def _texts(value: object, problems: list[str]) -> list[str]:
+def _texts(value: object, problems: list[str], depth: int = 0) -> list[str]:
     if isinstance(value, list | tuple):
-        return [text for item in value for text in _texts(item, problems)]
+        if depth == _MAX_DEPTH:
+            problems.append(f"lists in lists, more than {_MAX_DEPTH} deep")
+            return []
+        return [text for item in value for text in _texts(item, problems, depth + 1)]
     if isinstance(value, bytes):
         try:
             value = value.decode()
@@ -70,15 +75,20 @@ def _texts(value: object, problems: list[str]) -> list[str]:
     return [caption]
 
 
-def nested_value(value: object, key: str) -> object:
-    """What `key` leads to in nested mappings, `captions.text` also where `captions` is a list."""
+def nested_value(value: object, key: str, depth: int = 0) -> object:
+    """What `key` leads to in nested mappings, `captions.text` also where `captions` is a list.
+
+    depth: of lists that `value` lies in; None beyond 8.
+    """
     if isinstance(value, Mapping) and key in value:
         return value[key]
     name, dot, rest = key.partition(".")
     if isinstance(value, list | tuple):
-        return [nested_value(item, key) for item in value]
+        if depth == _MAX_DEPTH:
+            return None
+        return [nested_value(item, key, depth + 1) for item in value]
     if isinstance(value, Mapping) and dot:
-        return nested_value(value.get(name), rest)
+        return nested_value(value.get(name), rest, depth)
     return None
 
 

@@ -8,13 +8,14 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from clip_jax.config.errors import UserError
 from clip_jax.data.record import BadSampleError
+from clip_jax.data.sources.store_errors import NoRangesError, may_pass, real_error
 
 # Seconds before the first retry and the factor to the next: 0.1, 0.4, 1.6 cover a dropped
 # connection and a short throttling; object stores ask for exponential growth.
@@ -26,10 +27,14 @@ _LEAST_BYTES_PER_SECOND = 2**20
 # A read is not tried again after this many seconds, whatever its retries: the clients of the stores
 # retry by themselves too.
 _TOTAL_SECONDS = 20.0
-# So many reads that failed one after another, whichever files they were of, mean a dead store. Then
-# a read has one attempt of a few seconds, until one succeeds.
+# So many reads of a store that failed one after another, whichever files they were of, mean that it
+# is dead; so many of one file, that the file is. Then a read has one attempt of seconds, until
+# one succeeds.
 _DEAD_AFTER = 3
 _DEAD_TIMEOUT = 2.0
+# Tables of web images name hosts by the million: only the stores last used are remembered.
+_MOST_FILESYSTEMS = 64
+_MOST_FAILING = 4096
 # Bytes read at a time in sequence: 64 tars at 50 ms a request make 2.5 GB/s of it, and hold two
 # blocks each, 256 MiB in all.
 _BLOCK = 2 * 2**20
@@ -38,20 +43,16 @@ _TAGS = (
     *("generation", "etag", "ETag", "md5Hash", "Content-MD5"),
     *("mtime", "LastModified", "last_modified", "Last-Modified", "updated", "created"),
 )
-# Errors that another attempt does not change.
-_LASTING = (
-    FileNotFoundError,
-    PermissionError,
-    IsADirectoryError,
-    NotADirectoryError,
-    NotImplementedError,
-    TypeError,
-    ValueError,
-    AttributeError,
-)
-_PASSING_STATUS = (408, 425, 429)  # of HTTP's client errors: timeout, too early, too many requests
+# The extra that installs what fsspec needs for a scheme.
+_EXTRAS = {
+    **dict.fromkeys(("gs", "gcs"), "gcs"),
+    **dict.fromkeys(("s3", "s3a"), "s3"),
+    **dict.fromkeys(("http", "https"), "http"),
+}
 
 _Result = TypeVar("_Result")
+_Key = TypeVar("_Key", bound=Hashable)
+_Value = TypeVar("_Value")
 
 
 class FileInfo(NamedTuple):
@@ -75,10 +76,8 @@ def remote_filesystem(url: str) -> Any:  # fsspec.AbstractFileSystem: fsspec has
         return url_to_fs(url, use_listings_cache=False)[0]
     except (ImportError, ValueError) as error:  # ValueError: no such protocol
         scheme = url.split("://", 1)[0]
-        package = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs", "s3a": "s3fs"}.get(
-            scheme, {"http": "aiohttp", "https": "aiohttp"}.get(scheme)
-        )
-        remedy = f"pip install {package}" if package else "is the URL right?"
+        extra = _EXTRAS.get(scheme)
+        remedy = f"pip install 'clip-jax-training[{extra}]'" if extra else "is the URL right?"
         raise UserError(f"{url} cannot be read: {one_line(error)}; {remedy}") from None
 
 
@@ -102,7 +101,8 @@ class Files:
     Picklable; opens files where they are first read; threads may share it. A read that fails for a
     reason that may pass (no answer, a server's error, an I/O error) is tried again `retries` times,
     0.1, 0.4, 1.6 ... seconds apart; a file that is not there, or is forbidden, is not. After three
-    failed reads in a row there are no retries until a read succeeds: a dead store shows in seconds.
+    failed reads in a row of a store (a bucket, a host, or all that is local) or of one file it has
+    no retries until one of its reads succeeds: a dead store shows in seconds.
     """
 
     def __init__(self, paths: Sequence[str], retries: int = 3, max_open: int = 256) -> None:
@@ -110,7 +110,6 @@ class Files:
         self._paths = paths
         self._retries = retries
         self._max_open = max_open
-        self._failed = 0  # reads in a row; a count that threads lose does no harm
         self._prepare()
 
     def read(self, number: int, start: int, num_bytes: int) -> bytes:
@@ -122,12 +121,15 @@ class Files:
         if is_remote(path):
             return self._attempt(path, self._remote(path, start, num_bytes))
         try:
-            data = self._open.get(number, path).read(start, num_bytes)
+            data = self._open.get(number, lambda: _File(path)).read(start, num_bytes)
         except OSError:  # the ordinary way is kept short: a small sample takes 10 microseconds
             return self._attempt(path, lambda _: self._reopened(number, start, num_bytes))
         if self._failed:
-            self._failed = 0
+            self._succeeded(path)
         return data
+
+    def path(self, number: int) -> str:
+        return self._paths[number]
 
     def info(self, number: int) -> FileInfo:
         """Size and version of file `number`. Raises as `read` does."""
@@ -148,7 +150,7 @@ class Files:
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        del state["_open"], state["_filesystems"]
+        del state["_open"], state["_filesystems"], state["_failed"], state["_lock"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -156,16 +158,13 @@ class Files:
         self._prepare()
 
     def _prepare(self) -> None:
-        self._open = _OpenFiles(self._max_open)
-        self._filesystems: dict[str, Any] = {}
+        self._open = _LastUsed[int, _File](self._max_open)
+        self._filesystems = _LastUsed[str, Any](_MOST_FILESYSTEMS)
+        self._failed: OrderedDict[str, int] = OrderedDict()  # reads in a row: stores, files
+        self._lock = threading.Lock()
 
     def _filesystem(self, url: str) -> Any:
-        scheme, _, rest = url.partition("://")
-        store = f"{scheme}://{rest.split('/', 1)[0]}"
-        filesystem = self._filesystems.get(store)
-        if filesystem is None:  # threads may both make it: either will do
-            filesystem = self._filesystems[store] = remote_filesystem(url)
-        return filesystem
+        return self._filesystems.get(_store(url), lambda: remote_filesystem(url))
 
     def _remote(self, url: str, start: int, num_bytes: int) -> Callable[[float], bytes]:
         filesystem = self._filesystem(url)
@@ -179,48 +178,81 @@ class Files:
                 filesystem, "cat_file", timeout, name, start=start, end=start + num_bytes
             )
             if len(data) > num_bytes:
-                raise ValueError("the server ignores byte ranges, so nothing can be read out of it")
+                raise NoRangesError
             return data
 
         return call
 
     def _reopened(self, number: int, start: int, num_bytes: int) -> bytes:
         self._open.forget(number)  # a stale handle of a network disk stays stale
-        return self._open.get(number, self._paths[number]).read(start, num_bytes)
+        path = self._paths[number]
+        return self._open.get(number, lambda: _File(path)).read(start, num_bytes)
 
     def _attempt(self, path: str, call: Callable[[float], _Result]) -> _Result:
         started = time.monotonic()
+        store = _store(path)
         attempts = 0
         while True:
-            dead = self._failed >= _DEAD_AFTER
+            dead_store = self._failed.get(store, 0) >= _DEAD_AFTER
+            dead = dead_store or self._failed.get(path, 0) >= _DEAD_AFTER
             attempts += 1
             try:
                 result = call(_DEAD_TIMEOUT if dead else _TIMEOUT)
-            # Whatever a store's client raises: each has its own tree of errors.
-            except Exception as error:
-                passing = _may_pass(error)
+            except Exception as error:  # noqa: BLE001 - each store has its own tree of errors
+                # In no variable, which would be a cycle with this frame and keep files open.
+                passing = may_pass(real_error(error, path))
                 late = time.monotonic() - started > _TOTAL_SECONDS
                 if not passing or dead or late or attempts > self._retries:
-                    self._failed += passing
+                    if passing:
+                        # In a store that is dead, nothing shows of a file.
+                        self._count_failed(*[store] if dead_store else [store, path])
                     times = f" ({attempts} attempts)" if attempts > 1 else ""
-                    raise BadSampleError("read", f"{path}: {one_line(error)}{times}") from error
+                    reason = one_line(real_error(error, path))
+                    message = f"{path}: {reason}{times}"
+                    raise BadSampleError("read", message) from real_error(error, path)
                 time.sleep(_FIRST_WAIT * _WAIT_FACTOR ** (attempts - 1))
             else:
-                self._failed = 0
+                if self._failed:
+                    self._succeeded(path)
                 return result
+
+    def _count_failed(self, *names: str) -> None:
+        with self._lock:
+            for name in names:
+                self._failed[name] = self._failed.pop(name, 0) + 1
+            while len(self._failed) > _MOST_FAILING:
+                self._failed.popitem(last=False)
+
+    def _succeeded(self, path: str) -> None:
+        with self._lock:
+            self._failed.pop(_store(path), None)
+            self._failed.pop(path, None)
+
+
+def unreadable(path: str, error: BadSampleError) -> UserError:
+    """What a run ends with where a file cannot be looked up, though it may be there."""
+    reason = str(error).removeprefix(f"{path}: ")
+    return UserError(f"{path} cannot be read: {reason}; check the path and the access to it")
+
+
+def no_ranges(path: str) -> UserError:
+    """What a run ends with where a server sends whole files alone."""
+    return UserError(
+        f"{path}: the server ignores byte ranges, which both random access and streams need; use "
+        "one that knows them (nginx, Apache, a bucket), or copy the files to a disk"
+    )
+
+
+def _store(path: str) -> str:
+    """The bucket or host of a URL; "" of a local file."""
+    scheme, separator, rest = path.partition("://")
+    return scheme + separator + rest.split("/", 1)[0] if separator else ""
 
 
 def local_info(path: str) -> FileInfo:
     """Size and version of a local file. Raises OSError."""
     stat = os.stat(path)
     return FileInfo(stat.st_size, f"mtime_ns:{stat.st_mtime_ns}")
-
-
-def _may_pass(error: Exception) -> bool:
-    status = getattr(error, "status", getattr(error, "code", None))
-    if isinstance(status, int) and 400 <= status < 500:
-        return status in _PASSING_STATUS
-    return not isinstance(error, _LASTING)
 
 
 def _call(filesystem: Any, method: str, timeout: float, *args: Any, **kwargs: Any) -> Any:
@@ -257,30 +289,30 @@ class _File:
         return data
 
 
-class _OpenFiles:
-    """The local files last read, up to `size`; safe to share between threads."""
+class _LastUsed(Generic[_Key, _Value]):
+    """The values last used, up to `size`; safe to share between threads."""
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._open: OrderedDict[int, _File] = OrderedDict()
+        self._values: OrderedDict[_Key, _Value] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, number: int, path: str) -> _File:
+    def get(self, key: _Key, make: Callable[[], _Value]) -> _Value:
         with self._lock:
-            file = self._open.get(number)
-            if file is not None:
-                self._open.move_to_end(number)
-                return file
-        file = _File(path)  # not locked: opening may wait for a network disk
+            value = self._values.get(key)
+            if value is not None:
+                self._values.move_to_end(key)
+                return value
+        value = make()  # not locked: opening a file may wait for a network disk
         with self._lock:
-            file = self._open.setdefault(number, file)
-            if len(self._open) > self._size:
-                self._open.popitem(last=False)
-        return file
+            value = self._values.setdefault(key, value)
+            if len(self._values) > self._size:
+                self._values.popitem(last=False)
+        return value
 
-    def forget(self, number: int) -> None:
+    def forget(self, key: _Key) -> None:
         with self._lock:
-            self._open.pop(number, None)
+            self._values.pop(key, None)
 
 
 def open_sequential(path: str, offset: int = 0, retries: int = 3) -> "SequentialFile":
@@ -299,6 +331,7 @@ class SequentialFile:
     """
 
     def __init__(self, path: str, offset: int, retries: int) -> None:
+        self._path = path
         self._files = Files([path], retries, max_open=1)
         self.size = self._files.size(0)  # bytes
         self._position = offset
@@ -348,8 +381,15 @@ class SequentialFile:
         """Take the block at the position and start on the next. False: the file got shorter."""
         start = self._position
         pending, self._next = self._next, None
-        self._block = pending.result() if pending else self._files.read(0, start, _BLOCK)
+        try:
+            self._block = pending.result() if pending else self._files.read(0, start, _BLOCK)
+        except BadSampleError as error:
+            if isinstance(error.__cause__, NoRangesError):
+                raise no_ranges(self._path) from None
+            raise
         self._block_start = start
+        if self._thread is not None and start and len(self._block) == self.size:
+            raise no_ranges(self._path)
         after = start + len(self._block)
         if self._thread is not None and self._block and after < self.size:
             self._next = self._thread.submit(self._files.read, 0, after, _BLOCK)

@@ -50,6 +50,8 @@ _PART = [("file", "<i4"), ("part", "<i4"), ("first", "<i8"), ("num_bytes", "<i8"
 _CACHE_BYTES = 128 * 2**20  # of a process: for reading in order, a shuffle finds nothing in it
 _MAX_OPEN = 32  # files, whose metadata takes about 1 kB for each column of a row group
 _LARGE_PART = 64 * 2**20  # bytes
+# Files whose columns are compared with the first's, evenly spread.
+_NUM_CHECKED = 256
 _THREADS = 16  # more than cores: they wait for the storage
 
 
@@ -74,7 +76,8 @@ class ParquetSource:
     on_bad_sample: 'skip' leaves out files that are damaged as a whole, 'fail' raises for them.
 
     Pickles to its paths; threads may share it. Raises UserError for files that are missing or none
-    of this kind, columns that are not there, and where the first rows have no caption.
+    of this kind, columns that are not there (the first file's, and those of 256 others), and where
+    the first rows have no caption.
     """
 
     def __init__(
@@ -128,8 +131,9 @@ class ParquetSource:
             ]
         self._caption_keys = tuple(keys)
         # Columns to read: a field of a struct comes with it.
-        self._text_columns = [key if key in names else key.partition(".")[0] for key in keys]
+        self._text_columns = [_column(names, key) for key in keys]
         self._prepare()
+        self._check_columns(first, schema, path)
         check_captions(self, path)
 
     def __len__(self) -> int:
@@ -180,6 +184,29 @@ class ParquetSource:
         file, part, first, _ = self._parts()[number].item()
         row = index - (int(ends[number - 1]) if number else 0)
         return _Place(number, file, part, row, first + row)
+
+    def _check_columns(self, first: int, schema: "pa.Schema", path: str) -> None:
+        """Raises UserError where a file lacks a column that the first one has."""
+        wanted = {_column(schema.names, key) for key in (self._image, *self._caption_keys)}
+        others = [number for number in np.unique(self._parts()["file"]).tolist() if number != first]
+        last = len(others) - 1
+        spread = {round(step * last / (_NUM_CHECKED - 1)) for step in range(_NUM_CHECKED)}
+        checked = [others[place] for place in sorted(spread) if others]
+
+        def names_of(number: int) -> list[str]:
+            try:
+                return list(open_parts(self._files, number, self._paths[number]).schema.names)
+            except (OSError, ValueError):  # its rows will be bad samples
+                return list(wanted)
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            for number, names in zip(checked, pool.map(names_of, checked), strict=True):
+                if not wanted <= set(names):
+                    raise UserError(
+                        f"{path}: files of other columns: {self._paths[first]} has "
+                        f"{', '.join(schema.names)}; {self._paths[number]} has {', '.join(names)}; "
+                        "make a source of each, with its own image_key and caption_keys"
+                    )
 
     def _row(self, place: "_Place", *, with_image: bool) -> dict[str, object]:
         columns = list(dict.fromkeys([self._image] * with_image + self._text_columns))
@@ -322,6 +349,11 @@ def _check_image(schema: "pa.Schema", name: str, path: str) -> None:
             f"{path}: column '{name}' is of type {kind}; images are bytes, paths, or a struct of "
             "bytes and path; name another with image_key"
         )
+
+
+def _column(names: Sequence[str], key: str) -> str:
+    """The column that a key is of: itself, or the struct that it is a field of."""
+    return key if key in names else key.partition(".")[0]
 
 
 def _class_names(schema: "pa.Schema", column: str) -> list[str] | None:

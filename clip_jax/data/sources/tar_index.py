@@ -37,7 +37,7 @@ from clip_jax.data.sources.tar_index_files import (
     with_version,
     write_beside,
 )
-from clip_jax.data.sources.tar_paths import expand_path
+from clip_jax.data.sources.tar_paths import expand_tars
 from clip_jax.data.sources.tar_scan import NUM_FIELDS, scan
 from clip_jax.data.sources.tar_versions import current_versions
 
@@ -61,7 +61,7 @@ class SetIndex(NamedTuple):
     rows_file: Path  # .npy, uint32 [10 n]: the tars' rows one after another; see `tar_scan.ROW`
     counts: NDArray[np.int64]  # samples of each tar
     num_skipped: int  # samples without image or caption
-    damaged: list[tuple[str, str]]  # path, and why and where it cannot be read on
+    damaged: list[tuple[str, str]]  # path, and why and where it cannot be read on, or `NO_END`
     gone: list[str]  # tars that are not there any more
     num_scanned: int  # tars that had no index that fits
 
@@ -73,7 +73,7 @@ class IndexSummary(NamedTuple):
     num_scanned: int  # the others had an index that fits
     num_samples: int
     num_skipped: int  # samples without image or caption
-    damaged: list[tuple[str, str]]  # path, and why and where it cannot be read on
+    damaged: list[tuple[str, str]]  # path, and why and where it cannot be read on, or `NO_END`
     seconds: float
 
 
@@ -93,7 +93,7 @@ def index_tars(
     Raises UserError where the path names no files, or one cannot be read.
     """
     started = time.monotonic()
-    paths = expand_path(path)
+    paths = expand_tars(path)
     index = build_indexes(
         paths,
         cache_dir / "index",
@@ -251,7 +251,11 @@ def _load_table(file: Path, num_tars: int) -> NDArray[np.void] | None:
 
 
 def _rows_file(index_dir: Path, identity: str, table: NDArray[np.void]) -> Path:
-    """Named by its content: a run keeps its rows when a tar changes and others index it again."""
+    """Named by its content: a run keeps its rows when a tar changes and others index it again.
+
+    Those of before are left where they are: whether another run, on whichever machine, is still to
+    open one in its next worker cannot be known. Without runs all that is called rows-* may go.
+    """
     content = hashlib.sha256(identity.encode() + table.tobytes()).hexdigest()
     return index_dir / f"rows-{content[:32]}.npy"
 

@@ -8,9 +8,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 from clip_jax.config.errors import UserError
 from clip_jax.data.record import BadSampleError
-from clip_jax.data.sources.files import Files, is_remote, one_line, remote_filesystem
+from clip_jax.data.sources.files import (
+    Files,
+    is_remote,
+    one_line,
+    remote_filesystem,
+    unreadable,
+)
+from clip_jax.data.sources.in_threads import in_threads
 
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_OTHER_KINDS = {
+    **dict.fromkeys((".csv", ".tsv", ".jsonl"), "table"),
+    **dict.fromkeys((".parquet", ".arrow"), "parquet"),
+}
 # Remote files whose existence is checked, evenly spread over the list: each costs a request.
 _NUM_CHECKED = 16
 
@@ -23,8 +34,8 @@ def expand_path(path: str, known: Callable[[str], bool] = lambda file: False) ->
     first and the last among them. known: whether a file is to be listed though it is gone, which is
     asked of local files that do not exist and of the remote ones to look up.
 
-    Raises UserError if nothing is named, a file is missing, a glob matches none or a store does not
-    answer.
+    Raises UserError if nothing is named, a file is missing or a folder, a glob matches none or a
+    store does not answer.
     """
     files: list[str] = []
     missing: list[str] = []
@@ -33,11 +44,18 @@ def expand_path(path: str, known: Callable[[str], bool] = lambda file: False) ->
         if pattern.startswith("pipe:"):
             raise UserError(f"{pattern}: commands are not run; name the file or its URL")
         remote = is_remote(pattern)
-        for name in _expand_braces(pattern if remote else os.path.expanduser(pattern)):
+        names = _expand_braces(pattern if remote else os.path.expanduser(pattern))
+        there = [False] * len(names) if remote else in_threads(os.path.isfile, names)
+        for name, is_there in zip(names, there, strict=True):
             if not remote:
                 # A file whose name has brackets is itself before it is a pattern.
-                found = [name] if os.path.isfile(name) else sorted(glob.glob(name, recursive=True))
+                found = [name] if is_there else sorted(glob.glob(name, recursive=True))
                 found = found or [name] * known(name)
+                if found in ([name], [name.rstrip("/")]) and os.path.isdir(name):
+                    folder = name.rstrip("/")
+                    raise UserError(
+                        f"{name} is a folder: name the files in it, as in '{folder}/*.tar'"
+                    )
             elif _is_glob(name):
                 found = _remote_glob(name)
             else:
@@ -57,6 +75,20 @@ def expand_path(path: str, known: Callable[[str], bool] = lambda file: False) ->
         )
     if not files:
         raise UserError("the path of a source is empty; name at least one file")
+    return files
+
+
+def expand_tars(path: str, known: Callable[[str], bool] = lambda file: False) -> list[str]:
+    """`expand_path` of tars. Raises UserError too where a name is that of another kind of file."""
+    files = expand_path(path, known)
+    for file in files:
+        suffix = os.path.splitext(file)[1].lower()
+        kind = _OTHER_KINDS.get(suffix)
+        if kind is not None:
+            raise UserError(
+                f"{file} is no tar: {suffix} files are read with kind='{kind}' (clip-jax data "
+                f"check: --kind={kind})"
+            )
     return files
 
 
@@ -92,7 +124,7 @@ def _missing_remote(urls: Sequence[str], known: Callable[[str], bool]) -> list[s
         except BadSampleError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 return True
-            raise UserError(f"{error}; check the URL and the access to it") from None
+            raise unreadable(checked[number], error) from None
         return False
 
     with ThreadPoolExecutor(_NUM_CHECKED) as pool:

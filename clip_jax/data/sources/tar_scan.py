@@ -1,10 +1,9 @@
 """One walk over a webdataset tar: which samples it holds, and where their members lie."""
 
-import logging
 import struct
 import zlib
 from array import array
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -12,8 +11,6 @@ from numpy.typing import NDArray
 
 from clip_jax.data.sources.files import Files, is_remote
 from clip_jax.data.sources.tar_headers import BLOCK, Member, TarError, short_name, walk
-
-logger = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = frozenset({b"jpg", b"jpeg", b"png", b"webp"})
 # Larger members are left out: no picture is, and they would have to be held in memory.
@@ -24,6 +21,9 @@ MAX_MEMBER_BYTES = 256 * 2**20
 # that the tar is still the one that was scanned.
 ROW = struct.Struct("<10I")
 NUM_FIELDS = 10
+# Of a tar whose last sample is whole, though its writer, or a copy, was stopped early; or that was
+# written so.
+NO_END = "no end marker: was it cut short?"
 _MAX_BYTES = 2**32 * BLOCK  # of a tar: 2 TB
 # Bytes per read. Local: a caption, its header and the next header mostly fit in one. Remote: a
 # request costs 50 ms, in which 4 MiB come in anyway; members longer than that are passed over.
@@ -36,7 +36,7 @@ class TarScan(NamedTuple):
 
     rows: NDArray[np.uint32]  # [n, 10]: see ROW
     num_skipped: int  # samples without image or caption
-    damage: str  # why and where the tar cannot be read on; "": it can
+    damage: str  # why and where the tar cannot be read on, or NO_END; "": it can and is whole
 
 
 def split_name(name: bytes) -> tuple[bytes, bytes] | None:
@@ -109,7 +109,8 @@ def scan(path: str, retries: int = 3) -> TarScan:
     skipped = 0
     sample = _Sample(b"")
     damage = ""
-    members = _warn_without_end(walk(_WindowedReader(files, is_remote(path)), length), path)
+    ends: list[bool] = []
+    members = _note_end(walk(_WindowedReader(files, is_remote(path)), length), ends)
     try:
         if not 0 < length < _MAX_BYTES:
             raise TarError(0, f"a tar of {length} bytes")
@@ -133,14 +134,16 @@ def scan(path: str, retries: int = 3) -> TarScan:
     elif sample.extensions and not damage:  # of a sample that is cut off, nobody knows
         skipped += 1
     found = np.frombuffer(rows, np.uint32).reshape(-1, NUM_FIELDS)
-    return TarScan(found, skipped, damage and f"{damage}, after {len(found)} whole samples")
+    if damage:
+        damage += f", after {len(found)} whole samples"
+    elif not all(ends):
+        damage = NO_END
+    return TarScan(found, skipped, damage)
 
 
-def _warn_without_end(
-    members: Generator[Member, None, bool], path: str
-) -> Generator[Member, None, None]:
-    if not (yield from members):
-        logger.warning("%s: no end marker; was its writer stopped early?", path)
+def _note_end(members: Generator[Member, None, bool], ends: list[bool]) -> Iterator[Member]:
+    """The members; then adds whether the end marker was there."""
+    ends.append((yield from members))
 
 
 class _WindowedReader:

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from clip_jax.config.errors import UserError
 from clip_jax.data.record import BadSampleError
 from clip_jax.data.sources.files import (
     FileInfo,
@@ -12,7 +11,9 @@ from clip_jax.data.sources.files import (
     info_of,
     is_remote,
     remote_filesystem,
+    unreadable,
 )
+from clip_jax.data.sources.in_threads import in_threads
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +35,17 @@ def current_versions(
     """
     files = Files(paths, retries)
     versions: list[FileInfo | None] = [UNKNOWN] * len(paths)
+    local: list[int] = []
     single: list[int] = []
     folders: dict[str, list[int]] = {}
     for number, path in enumerate(paths):
         if is_remote(path):
             folders.setdefault(path.rpartition("/")[0], []).append(number)
         else:
-            versions[number] = _version(files, number)
+            local.append(number)
+    found = in_threads(lambda number: _version(files, number), local)
+    for number, version in zip(local, found, strict=True):
+        versions[number] = version
     for folder, numbers in folders.items():
         listing = None
         if len(numbers) > _MOST_SINGLE and not folder.startswith("http"):
@@ -56,8 +61,8 @@ def current_versions(
         single = [single[place] for place in sorted(places)]
     if single:
         with ThreadPoolExecutor(min(_NUM_THREADS, len(single))) as pool:
-            found = pool.map(lambda number: _version(files, number), single)
-            for number, version in zip(single, found, strict=True):
+            answers = pool.map(lambda number: _version(files, number), single)
+            for number, version in zip(single, answers, strict=True):
                 versions[number] = version
     return versions
 
@@ -68,7 +73,7 @@ def _version(files: Files, number: int) -> FileInfo | None:
     except BadSampleError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return None
-        raise UserError(f"{error}; check the path and the access to it") from None
+        raise unreadable(files.path(number), error) from None
 
 
 def _listing(folder: str) -> dict[str, FileInfo] | None:

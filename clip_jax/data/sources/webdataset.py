@@ -12,11 +12,12 @@ from typing import Any, Literal
 from clip_jax.config.errors import UserError
 from clip_jax.data.record import BadSampleError, Record
 from clip_jax.data.sources.captions import captions_of
-from clip_jax.data.sources.files import Files, is_remote
-from clip_jax.data.sources.tar_headers import BLOCK, first_name, short_name
+from clip_jax.data.sources.files import Files, is_remote, no_ranges
+from clip_jax.data.sources.store_errors import NoRangesError
+from clip_jax.data.sources.tar_headers import BLOCK, TarError, first_name, short_name
 from clip_jax.data.sources.tar_index import build_indexes, index_file
-from clip_jax.data.sources.tar_paths import expand_path
-from clip_jax.data.sources.tar_scan import ROW, split_name
+from clip_jax.data.sources.tar_paths import expand_tars
+from clip_jax.data.sources.tar_scan import NO_END, ROW, split_name
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class WebdatasetSource:
     without are left out and counted in `num_skipped`. Where there is a txt and no caption_keys, the
     json is read only if the txt holds no caption.
 
+    A tar without an end marker is listed in `damaged` too; all of it is used.
     on_bad_sample 'skip': a damaged tar gives its whole samples before the damage and is listed in
     `damaged` (path, reason), and a tar that has gone since it was indexed keeps its places, as
     samples that cannot be read. 'fail': both raise UserError.
@@ -68,7 +70,7 @@ class WebdatasetSource:
         self._reads_text = not self._keys or "txt" in self._keys
         self._reads_json = any(key != "txt" for key in self._keys)
         skip = on_bad_sample == "skip"
-        self._tars = expand_path(path, lambda tar: skip and index_file(tar, index_dir).exists())
+        self._tars = expand_tars(path, lambda tar: skip and index_file(tar, index_dir).exists())
         index = build_indexes(self._tars, index_dir, retries=retries)
         self.num_skipped = index.num_skipped  # samples without image or caption
         self.damaged = index.damaged
@@ -76,9 +78,10 @@ class WebdatasetSource:
         self._ends: list[int] = index.counts.cumsum().tolist()
         self._files = Files(self._tars, retries)
         self._rows: _Rows | None = None
-        if self.damaged and not skip:
-            tar, reason = self.damaged[0]
-            more = f" ({len(self.damaged)} tars are damaged)" if len(self.damaged) > 1 else ""
+        cut = [(tar, reason) for tar, reason in self.damaged if reason != NO_END]
+        if cut and not skip:
+            tar, reason = cut[0]
+            more = f" ({len(cut)} tars are damaged)" if len(cut) > 1 else ""
             raise UserError(
                 f"{tar}: {reason}{more}; fetch or write this tar again, or leave it out of the path"
             )
@@ -105,7 +108,7 @@ class WebdatasetSource:
         image = _image(row)
         (headers, data), *others = self._read(tar, [image, *wanted.values()])
         captions, weights = self._captions(tar, row, dict(zip(wanted, others, strict=True)))
-        return Record(data, captions, _key(headers), weights)
+        return Record(data, captions, self._key(tar, headers), weights)
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of `self[index]`, without reading the image. Raises as that does."""
@@ -124,9 +127,9 @@ class WebdatasetSource:
         first, block, _, _ = _image(row)
         try:
             ((headers, _),) = self._read(tar, [(first, block, 0, row[7])])
+            return f"{self._tars[tar]}, key {self._key(tar, headers)}"
         except BadSampleError:
             return f"{self._tars[tar]}, byte {first * BLOCK}"
-        return f"{self._tars[tar]}, key {_key(headers)}"
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_rows": None}
@@ -168,7 +171,12 @@ class WebdatasetSource:
         gap = _REMOTE_GAP if is_remote(self._tars[tar]) else _LOCAL_GAP
         if len(spans) > 1 and end - start - useful > gap:
             return [self._read(tar, [span])[0] for span in spans]
-        buffer = self._files.read(tar, start, end - start)
+        try:
+            buffer = self._files.read(tar, start, end - start)
+        except BadSampleError as error:
+            if isinstance(error.__cause__, NoRangesError):
+                raise no_ranges(self._tars[tar]) from None
+            raise
         members = []
         for first, block, num_bytes, check in spans:
             data = block * BLOCK - start
@@ -180,13 +188,23 @@ class WebdatasetSource:
             members.append((headers, buffer[data : data + num_bytes]))
         return members
 
+    def _key(self, tar: int, headers: bytes) -> str:
+        """The key of the member with these headers."""
+        try:
+            name = short_name(headers) if len(headers) == BLOCK else first_name(headers)
+        except TarError as error:  # a check of the header proper does not cover those before it
+            message = f"{self._tars[tar]}: changed since it was indexed ({error.reason})"
+            raise BadSampleError("archive", message) from None
+        parts = split_name(name)
+        return (parts[0] if parts else name).decode("utf-8", errors="replace")
+
     def _warn(self, gone: Sequence[str]) -> None:
         num_tars = len(self._tars)
         if self.num_skipped:
             message = "%s: %d samples without image or caption left out, %d kept"
             logger.warning(message, self.path, self.num_skipped, len(self))
         if self.damaged:
-            message = "%s: %d of %d tars are damaged and end early, the first: %s: %s"
+            message = "%s: %d of %d tars are damaged or were cut short, the first: %s: %s"
             logger.warning(message, self.path, len(self.damaged), num_tars, *self.damaged[0])
         if gone:
             message = "%s: %d of %d tars have gone since they were indexed, the first: %s"
@@ -217,9 +235,3 @@ class _Rows:
 
 def _image(row: _Row) -> _Span:
     return row[0] - row[6], row[0], row[3], row[7]
-
-
-def _key(headers: bytes) -> str:
-    name = short_name(headers) if len(headers) == BLOCK else first_name(headers)
-    parts = split_name(name)
-    return (parts[0] if parts else name).decode("utf-8", errors="replace")
