@@ -205,7 +205,7 @@ def test_views_of_turned_jpegs(size, mode, orientation):
         {"exif": exif(3)},
         {"keep_rgb": True, "subsampling": "4:4:4"},
     ],
-    ids=str,
+    ids=" ".join,
 )
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_whole_jpegs_are_pillows_to_the_bit(mode, options):
