@@ -154,15 +154,7 @@ class TrainingBatches:
             try:
                 record = source[row]
                 middle = perf_counter()
-                caption = record.captions[choose_caption(source_config, record, rng)]
-                inputs = training_inputs(
-                    record.image,
-                    self._image,
-                    config.framing,
-                    config.augment,
-                    rng,
-                    decode=config.decode,
-                )
+                inputs, caption = training_sample(record, source_config, config, self._image, rng)
             except UserError:  # nothing that another sample would mend
                 raise
             except (ValueError, OSError) as error:
@@ -196,6 +188,21 @@ class TrainingBatches:
 def _put(batch: Batch, slot: int, inputs: Inputs) -> None:
     for name, value in inputs.items():
         batch[name][slot] = value
+
+
+def training_sample(
+    record: Record,
+    source: SourceConfig,
+    config: DataConfig,
+    image: ImageTowerConfig,
+    rng: np.random.Generator,
+) -> tuple[Inputs, str]:
+    """A random view of a record, and one of its captions. Raises as `training_inputs` does."""
+    caption = record.captions[choose_caption(source, record, rng)]
+    inputs = training_inputs(
+        record.image, image, config.framing, config.augment, rng, decode=config.decode
+    )
+    return inputs, caption
 
 
 def choose_caption(source: SourceConfig, record: Record, rng: np.random.Generator) -> int:

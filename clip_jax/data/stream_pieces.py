@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from clip_jax.config.errors import UserError
 from clip_jax.config.schema import DataConfig, ImageTowerConfig
-from clip_jax.data.host_batches import Batch, TextInputs, choose_caption
+from clip_jax.data.host_batches import Batch, TextInputs, training_sample
 from clip_jax.data.order import Positions, SampleOrder
-from clip_jax.data.preprocess import blank_inputs, training_inputs
+from clip_jax.data.preprocess import blank_inputs
 from clip_jax.data.report import (
     MAX_REPLACEMENTS,
     BadSample,
@@ -268,17 +268,8 @@ class PieceMaker:
             self._thread_local.random = SampleRandom(self._run.seed)
         rng = self._thread_local.random.at(row.position, attempt)
         try:
-            caption = sample.record.captions[
-                choose_caption(config.sources[row.source], sample.record, rng)
-            ]
-            inputs = training_inputs(
-                sample.record.image,
-                self._run.image,
-                config.framing,
-                config.augment,
-                rng,
-                decode=config.decode,
-            )
+            source = config.sources[row.source]
+            inputs, caption = training_sample(sample.record, source, config, self._run.image, rng)
         except UserError:  # nothing that another sample would mend
             raise
         except (ValueError, OSError) as error:

@@ -36,8 +36,10 @@ def test_threads_share_a_batch():
         for slot in slots:
             if slot < 3:  # with 3 slots a chunk is one
                 together.wait()
+                yield slot
 
-    threads.fill(0, 3, make)
+    parts = threads.fill(0, 3, lambda slots: list(make(slots)))
+    assert parts == [[0], [1], [2]]  # each waited for the others: three threads at a time
     threads.close()
 
 
