@@ -6,7 +6,7 @@ DEFAULT_VERSION := $(shell python3 -c 'import sys; print("%d.%d" % sys.version_i
 VENV := $(if $(filter $(DEFAULT_VERSION),$(VERSION)),.venv,.venv-$(VERSION))
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test environment test-environment lint types imports unit format clean
+.PHONY: quickstart test test-slow environment test-environment lint types imports unit format clean
 
 # glibc hands memory back to the system and asks for it again at every step, 5 to 12% of the time of
 # small steps on a CPU (docs/lab-log.md); with these it keeps it. Other systems ignore them.
@@ -31,6 +31,10 @@ imports: $(VENV)/.test
 
 unit: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# What `make test` leaves out: more sizes, more trials, half an hour.
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ import jax
 import jax.numpy as jnp
 from environment import environment
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from loss_hlo import Program
 
 from clip_jax.objectives import contrastive_loss
+from clip_jax.planning import Program
 
 RESULTS = Path(__file__).parent / "results" / "loss_flops.json"
 EMBED_DIM = 512
@@ -63,7 +64,6 @@ def measure(
     start = time.perf_counter()
     compiled = compile_loss(mesh, axis_names, batch, options)
     program = Program(compiled.as_text())
-    counts = program.counts()
     hidden, permutes = program.overlapped_permutes()
     block = local_batch * EMBED_DIM
     travelling = jnp.dtype(options.get("product_dtype", jnp.float32)).itemsize
@@ -71,20 +71,24 @@ def measure(
     text_rounds = 1 if one_round else 2
     least = block * (text_rounds * (num_devices - 1) * travelling + num_devices * 4)
     products = (6 if one_round else 8) * batch**2 * EMBED_DIM
-    moved = sum(counts.collective_bytes.values())
+    moved = sum(c.sent_bytes for c in program.collectives)
+    largest = max((c.num_elements for c in program.collectives), default=0)
+    calls: Counter[str] = Counter()
+    for collective in program.collectives:
+        calls[collective.kind] += collective.times
     return {
         "target": target,
         "mesh": list(mesh.devices.shape),
         "options": {k: getattr(v, "__name__", v) for k, v in options.items()},
         "local_batch": local_batch,
-        "flops": counts.flops * num_devices,
-        "flops_over_8BBE": counts.flops * num_devices / (8 * batch**2 * EMBED_DIM),
-        "flops_over_needed": counts.flops * num_devices / products,
+        "flops": program.flops * num_devices,
+        "flops_over_8BBE": program.flops * num_devices / (8 * batch**2 * EMBED_DIM),
+        "flops_over_needed": program.flops * num_devices / products,
         "bytes_per_device": moved,
         "bytes_over_least": moved / least if num_devices > 1 else None,
-        "collectives": dict(counts.collective_calls),
-        "largest_collective_over_block": counts.largest_collective / block,
-        "largest_array_over_block": counts.largest_array / block,
+        "collectives": dict(calls),
+        "largest_collective_over_block": largest / block,
+        "largest_array_over_block": program.largest_array / block,
         "block_permutes_hidden": [hidden, permutes],
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
         "compile_seconds": round(time.perf_counter() - start, 1),

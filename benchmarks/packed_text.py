@@ -8,13 +8,7 @@ tower, forward and backward over 1,024 captions, counted in the compiled program
 its loops. Nothing of the model runs. The lengths are those of
 
 - the quickstart's captions (emoji names), as its recipe mixes them, in CLIP's tokens;
-- DataComp-1B's raw captions: 10.22 words on average (Li et al. 2024, "What if we recaption billions
-  of web images with LLaMA-3?", section 4);
-- CC12M's: 20.2 words, standard deviation 16.3 (Changpinyo et al. 2021, table 1).
-
-No package carries the latter two, so they are drawn: words log-normal, with CC12M's ratio of
-deviation to mean for both, 1.4 tokens of CLIP's BPE to a word (assumed; emoji names have the figure
-that is printed), start and end added, cut at 77.
+- captions like DataComp-1B's and CC12M's, drawn (caption_lengths.py says how).
 """
 
 import json
@@ -33,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import jax
 import jax.numpy as jnp
 import numpy as np
+from caption_lengths import LENGTH, WEB_WORDS, Draw, web_lengths
 from environment import environment
 from flax import nnx
-from loss_hlo import Program
 from numpy.typing import NDArray
 
 from clip_jax.config import ModelConfig, from_config_dict, preset
@@ -44,29 +38,14 @@ from clip_jax.data.sources import cache_dir, open_source
 from clip_jax.data.text_inputs import PackedText, PaddedText, text_ids
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.models import CLIP, Execution, forward_flops
+from clip_jax.planning import Program
 from configs.quickstart import get_config
 
 RESULTS = Path(__file__).parent / "results" / "packed_text.json"
 GROUP_SIZES = (8, 16, 32, 64, 128, 256)
 COMPILED = (8, 16, 32, 64)
 BATCH = 1024
-LENGTH = 77
 NUM_MEASURED, NUM_FRESH = 2**14, {"quickstart": 2**17}  # and 2^20 where they are drawn
-TOKENS_PER_WORD = 1.4
-WEB_WORDS = {"DataComp-1B": 10.22, "CC12M": 20.2}
-WEB_VARIATION = 16.3 / 20.2  # deviation / mean
-
-Draw = Callable[[int, int], NDArray[np.int32]]  # (how many, seed) to lengths
-
-
-def web_lengths(words: float) -> Draw:
-    def draw(num: int, seed: int) -> NDArray[np.int32]:
-        variance = np.log1p(WEB_VARIATION**2)
-        mean = np.log(TOKENS_PER_WORD * words) - variance / 2
-        tokens = np.random.default_rng(seed).lognormal(mean, variance**0.5, num)
-        return np.clip(2 + np.round(tokens), 3, LENGTH).astype(np.int32)
-
-    return draw
 
 
 def quickstart_captions() -> tuple[list[str], Draw]:
@@ -105,7 +84,7 @@ def compiled_flops(model: ModelConfig, group_size: int, rows: int) -> int:
         return (clip.encode_text(inputs) ** 3).sum()
 
     compiled = jax.jit(jax.value_and_grad(loss)).lower(clip, inputs).compile()
-    return Program(compiled.as_text()).counts().flops
+    return Program(compiled.as_text()).flops
 
 
 def microseconds(call: Callable[[], Any], num: int) -> float:

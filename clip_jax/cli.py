@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from clip_jax import commands
+from clip_jax.cli_checkpoints import add_checkpoint_commands
 from clip_jax.cli_data import add_data_commands
 from clip_jax.config.errors import UserError
 
@@ -67,11 +68,15 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="resume although fields that change the result differ",
     )
+    train.add_argument(
+        "--profile_steps", metavar="FIRST:LAST", help="trace these steps into WORKDIR/profile"
+    )
 
     text = "Score a run's checkpoint and write its report."
     evaluate = add("eval", commands.evaluate, text, takes_config=True)
     evaluate.add_argument("--workdir", required=True, help="folder of the run")
     evaluate.add_argument("--step", type=int, help="which checkpoint (default: the latest)")
+    evaluate.add_argument("--ema", action="store_true", help="the moving average of the weights")
 
     for command in (train, evaluate):
         command.add_argument("--coordinator", help="host:port of process 0, for several processes")
@@ -119,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer.add_argument("--output", required=True, help="the tokenizer.json to write")
 
     add_data_commands(subparsers)
+    add_checkpoint_commands(subparsers)
     return parser
 
 

@@ -1,37 +1,45 @@
 """What each command of `clip-jax` does: arguments in, one call out. Heavy imports are late."""
 
 import argparse
+import dataclasses
 import os
-import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clip_jax.config.errors import UserError
+
+if TYPE_CHECKING:
+    from clip_jax.config import ExperimentConfig
 
 
 def show_config(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from clip_jax.config import to_json
-    from clip_jax.config.load import load_config
 
-    print(to_json(load_config([f"--config={arguments.config}", *overrides])), end="")
+    print(to_json(_load_config(arguments.config, overrides)), end="")
     return 0
 
 
 def train(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from clip_jax.config.load import load_config
-
-    config = load_config([f"--config={arguments.config}", *overrides])
+    config = _load_config(arguments.config, overrides)
     from clip_jax.checkpoint import Workdir
     from clip_jax.data.sources import cache_dir
+    from clip_jax.parallel import ending_together
+    from clip_jax.parallel.backend import set_xla_flags
     from clip_jax.training import loop
+    from clip_jax.training.profiling import parse_profile_steps
 
-    _start(arguments, cache_dir(config.data))
     workdir = Workdir(arguments.workdir)
-    try:
+    if arguments.profile_steps is not None:
+        steps = parse_profile_steps(arguments.profile_steps)
+        config = dataclasses.replace(
+            config, logging=dataclasses.replace(config.logging, profile_steps=steps)
+        )
+    # Kept with the run where it can be: kernels are chosen once.
+    local = workdir.path if isinstance(workdir.path, Path) else cache_dir(config.data)
+    set_xla_flags(deterministic=config.deterministic, autotuned=local / "autotuned")
+    _start(arguments, cache_dir(config.data), heartbeat_seconds=config.heartbeat_seconds)
+    with ending_together(config.heartbeat_seconds):
         outcome = loop.train(config, workdir, allow_config_change=arguments.allow_config_change)
-    except UserError as error:
-        _leave_others(error)
-        raise
     if not outcome.finished:
         return 130
     _print_result(outcome.scores, workdir.report)
@@ -43,13 +51,18 @@ def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from clip_jax.config.load import load_config
 
     workdir = Workdir(arguments.workdir)
-    workdir.load_config()
-    config = load_config([f"--config={workdir.config}", *overrides], trains=False)
+    saved = workdir.load_config()
+    if arguments.ema:
+        overrides = [*overrides, "--config.evaluation.use_ema=True"]
+    config = load_config(overrides, saved=saved, trains=False)
     from clip_jax.data.sources import cache_dir
+    from clip_jax.parallel import ending_together
     from clip_jax.training.evaluate_run import evaluate_run
 
-    _start(arguments, cache_dir(config.data))
-    _print_result(*evaluate_run(config, workdir, step=arguments.step))
+    _start(arguments, cache_dir(config.data), heartbeat_seconds=config.heartbeat_seconds)
+    with ending_together(config.heartbeat_seconds):
+        scores, report = evaluate_run(config, workdir, step=arguments.step)
+    _print_result(scores, report)
     return 0
 
 
@@ -122,7 +135,22 @@ def train_tokenizer(arguments: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
-def _start(arguments: argparse.Namespace, cache: Path) -> None:
+def _load_config(path: str, overrides: list[str]) -> "ExperimentConfig":
+    from clip_jax.config import parse_json
+    from clip_jax.config.load import load_config
+
+    if "://" not in path:
+        return load_config([f"--config={path}", *overrides])
+    from clip_jax.checkpoint import any_path
+
+    try:
+        text = any_path(path).read_text().encode()
+    except FileNotFoundError:
+        raise UserError(f"there is no config {path}") from None
+    return load_config(overrides, saved=parse_json(text, path))
+
+
+def _start(arguments: argparse.Namespace, cache: Path, *, heartbeat_seconds: int = 100) -> None:
     import jax
 
     from clip_jax.parallel import start_processes
@@ -135,23 +163,11 @@ def _start(arguments: argparse.Namespace, cache: Path) -> None:
         arguments.num_processes,
         arguments.process_id,
         distributed=arguments.distributed,
+        heartbeat_seconds=heartbeat_seconds,
     )
 
 
-def _leave_others(error: UserError) -> None:
-    """End this process at once where it is one of several.
-
-    The others wait for it in a collective, and an orderly end would wait for them; but when it is
-    gone, JAX's coordination service ends them too.
-    """
-    import jax
-
-    if jax.process_count() > 1:
-        print(f"clip-jax: {error}", file=sys.stderr, flush=True)
-        os._exit(2)
-
-
-def _print_result(scores: dict[str, Any], report: Path) -> None:
+def _print_result(scores: dict[str, Any], report: Any) -> None:
     """On the first process: the others would say it again."""
     import jax
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -59,6 +60,13 @@ def recipe(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def trained(recipe, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The recipe, trained: its workdir and what was printed."""
+    workdir = tmp_path_factory.mktemp("runs") / "run"
+    return workdir, clip_jax("train", f"--config={recipe}", f"--workdir={workdir}")
+
+
 def assert_one_clear_line(done: subprocess.CompletedProcess[str], message: str) -> None:
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
@@ -67,9 +75,8 @@ def assert_one_clear_line(done: subprocess.CompletedProcess[str], message: str) 
     assert "Traceback" not in done.stderr
 
 
-def test_train_eval_and_resume(recipe, tmp_path):
-    workdir = tmp_path / "run"
-    done = clip_jax("train", f"--config={recipe}", f"--workdir={workdir}")
+def test_train_eval_and_resume(trained):
+    workdir, done = trained
     assert done.returncode == 0, done.stderr
     assert f"report: {workdir / 'report.html'}" in done.stdout
     assert "eval/pairs/text_to_image_R@1" in done.stdout
@@ -125,10 +132,9 @@ def together(*commands: tuple[list[str], dict[str, str]]) -> list[tuple[str, str
     return [(stdout, stderr) for _, stdout, stderr in outputs]
 
 
-def test_two_processes_train_and_score_like_one(recipe, tmp_path):
+def test_two_processes_train_and_score_like_one(recipe, trained, tmp_path):
     """Over loopback: the same losses, one set of files, SIGTERM-safe start-up and end."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert clip_jax("train", f"--config={recipe}", f"--workdir={one}").returncode == 0
+    one, two = trained[0], tmp_path / "two"
     train = ["train", f"--config={recipe}", f"--workdir={two}"]
     by_hand = [f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
     outputs = together(*(([*train, *by_hand, f"--process_id={i}"], {}) for i in range(2)))
@@ -287,17 +293,17 @@ def test_corrupt_tar(recipe, tmp_path):
     assert tar.read_bytes() == data
 
 
-def test_workdir_of_another_config(recipe, tmp_path):
+def test_workdir_of_another_config(recipe, trained, tmp_path):
     workdir = tmp_path / "run"
-    short = ("train", f"--config={recipe}", f"--workdir={workdir}", "--config.num_steps=2")
-    assert clip_jax(*short).returncode == 0
+    shutil.copytree(trained[0], workdir)
+    command = ("train", f"--config={recipe}", f"--workdir={workdir}")
     before = (workdir / "metrics.jsonl").read_text()
-    changed = clip_jax(*short, "--config.optimizer.learning_rate=1e-2")
+    changed = clip_jax(*command, "--config.optimizer.learning_rate=1e-2")
     assert_one_clear_line(changed, "optimizer.learning_rate 0.0005 -> 0.01")
     assert (workdir / "metrics.jsonl").read_text() == before
-    longer = clip_jax(*short[:3], "--allow_config_change", "--config.num_steps=3")
+    longer = clip_jax(*command, "--allow_config_change", "--config.num_steps=5")
     assert longer.returncode == 0, longer.stderr
-    assert "config change on resume: num_steps 2 -> 3" in longer.stderr
+    assert "config change on resume: num_steps 4 -> 5" in longer.stderr
 
 
 def test_eval_of_no_run(tmp_path):

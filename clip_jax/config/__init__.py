@@ -4,11 +4,14 @@ from clip_jax.config.convert import (
     flatten,
     from_config_dict,
     load_json,
+    parse_json,
     to_config_dict,
     to_dict,
     to_json,
 )
 from clip_jax.config.errors import ConfigError, UserError
+from clip_jax.config.frozen import check_frozen, is_frozen
+from clip_jax.config.lengths import resolve_lengths
 from clip_jax.config.presets import PRESETS, preset, quick_gelu
 from clip_jax.config.schema import (
     MAY_CHANGE_ON_RESUME,
@@ -27,10 +30,12 @@ from clip_jax.config.schema import (
     PackingConfig,
     ScheduleConfig,
     SourceConfig,
+    StabilityConfig,
     StartConfig,
     StreamConfig,
     TextTowerConfig,
     TokenizerConfig,
+    TowerRateConfig,
 )
 from clip_jax.config.validation import check_devices, validate
 
@@ -53,17 +58,23 @@ __all__ = [
     "PackingConfig",
     "ScheduleConfig",
     "SourceConfig",
+    "StabilityConfig",
     "StartConfig",
     "StreamConfig",
     "TextTowerConfig",
     "TokenizerConfig",
+    "TowerRateConfig",
     "UserError",
     "check_devices",
+    "check_frozen",
     "flatten",
     "from_config_dict",
+    "is_frozen",
     "load_json",
+    "parse_json",
     "preset",
     "quick_gelu",
+    "resolve_lengths",
     "to_config_dict",
     "to_dict",
     "to_json",

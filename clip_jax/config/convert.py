@@ -26,7 +26,8 @@ def to_config_dict(config: Any) -> ConfigDict:
             entries = {k: to_config_dict(v) for k, v in value.items()}
             result[name] = ConfigDict(entries)
         elif value is None:
-            result[name] = config_dict.placeholder(_without_none(hint))
+            kind = _without_none(hint)
+            result[name] = config_dict.placeholder(typing.get_origin(kind) or kind)
         else:
             result[name] = value
     return result
@@ -47,11 +48,18 @@ def to_json(config: Any) -> str:
 
 
 def load_json(path: Path | str) -> ExperimentConfig:
-    """The config saved in a workdir. Raises ConfigError, which names the file."""
+    """The config saved in a local workdir. Raises ConfigError, which names the file."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = Path(path).read_bytes()
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    return parse_json(content, str(path))
+
+
+def parse_json(content: bytes, path: str) -> ExperimentConfig:
+    """The config in what was read from `path`. Raises ConfigError, which names it."""
+    try:
+        values = json.loads(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text: {error.reason} at {error.start}") from None
     except json.JSONDecodeError as error:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 from clip_jax.config import schema
 from clip_jax.config.convert import from_config_dict, load_json, to_config_dict, unknown_key
 from clip_jax.config.errors import ConfigError, UserError
+from clip_jax.config.lengths import resolve_lengths
 from clip_jax.config.schema import EvalSetConfig, ExperimentConfig, SourceConfig
 from clip_jax.config.start import apply_start
 from clip_jax.config.validation import validate
@@ -25,7 +26,9 @@ _NEW_ENTRY = re.compile(r"--config\.(data\.sources|evaluation\.sets)\.(\w+)\.pat
 _ENTRIES = {"data.sources": SourceConfig, "evaluation.sets": EvalSetConfig}
 
 
-def load_config(arguments: Sequence[str], *, trains: bool = True) -> ExperimentConfig:
+def load_config(
+    arguments: Sequence[str], *, saved: ExperimentConfig | None = None, trains: bool = True
+) -> ExperimentConfig:
     """The config that `--config=...` and `--config.key=value` arguments describe, validated.
 
     `--config` names a recipe (a .py file with `get_config()`, or `file.py:argument` for
@@ -35,14 +38,16 @@ def load_config(arguments: Sequence[str], *, trains: bool = True) -> ExperimentC
     does not fit.
     """
     path = next((a.split("=", 1)[1] for a in arguments if a.startswith("--config=")), None)
-    if path is None:
+    if path is None and saved is None:
         raise ConfigError("--config=RECIPE.py is missing, as in --config=configs/quickstart.py")
     overrides = [a for a in arguments if not a.startswith("--config=")]
-    base = _with_new_entries(_base(path), overrides)
+    is_saved = path is None or path.endswith(".json")
+    base = to_config_dict(saved) if path is None else _base(path)
+    base = _with_new_entries(base, overrides)
     for override in overrides:
         _check_key(override, base)
     # A saved config.json has been through this; what it says of its model is final.
-    base = apply_start(base, overrides, saved=path.endswith(".json"))
+    base = apply_start(base, overrides, saved=is_saved)
     overrides, unset = _split_unset(overrides)
     values = flags.FlagValues()
     argv = ["clip-jax", *overrides]
@@ -62,19 +67,7 @@ def load_config(arguments: Sequence[str], *, trains: bool = True) -> ExperimentC
         raise ConfigError(str(error).splitlines()[0].replace("flag --", "")) from None
     if len(rest) > 1:
         raise ConfigError(f"unexpected argument {rest[1]!r}; settings are --config.key=value")
-    return validate(_with_steps(config), trains=trains)
-
-
-def _with_steps(config: ExperimentConfig) -> ExperimentConfig:
-    """`num_steps` from `num_samples_seen`, where that is given."""
-    samples, batch = config.num_samples_seen, config.global_batch_size
-    if samples is None or batch < 1:
-        return config
-    if samples < batch:
-        raise ConfigError(
-            f"config.num_samples_seen {samples} is less than one batch: global_batch_size {batch}"
-        )
-    return dataclasses.replace(config, num_steps=samples // batch)
+    return validate(resolve_lengths(config), trains=trains)
 
 
 def _with_new_entries(base: ConfigDict, overrides: Sequence[str]) -> ConfigDict:

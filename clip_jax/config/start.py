@@ -16,20 +16,30 @@ def apply_start(base: ConfigDict, overrides: Sequence[str], *, saved: bool) -> C
     """`base` with the parts that `start.model`, `.image` and `.text` bring.
 
     overrides: `--config.key=value` arguments, which may name them too. saved: `base` is the config
-    of a run, made by an earlier call: only what `overrides` names is applied. Raises ConfigError
-    where a named folder is no workdir.
+    of a run, made by an earlier call: only what `overrides` names is applied. Nothing is under
+    `start.weights_only`. Raises ConfigError where a named folder is no workdir.
     """
     named: dict[str, str | None] = dict.fromkeys(_PARTS)
+    weights_only = bool(base.start.get("weights_only")) if "start" in base else False
     if "start" in base and not saved:
         named = {part: base.start.get(part) for part in _PARTS}
     for override in overrides:
         key, _, value = override.removeprefix("--config.start.").partition("=")
         if override.startswith("--config.start.") and key in named:
             named[key] = None if value == "None" else value
+        elif override.startswith("--config.start.") and key == "weights_only":
+            weights_only = value.lower() in ("", "true", "t", "1")  # as absl reads a flag
+    if weights_only:
+        return base
     if any(named.values()):
         base = to_config_dict(from_config_dict(base))  # all groups are there, and its own
     for part, folder in named.items():
         if folder:
+            if "://" in folder:
+                raise ConfigError(
+                    f"config.start.{part} {folder} is in a bucket; copy that workdir to a local "
+                    "folder first, or set config.start.weights_only and the model in the recipe"
+                )
             _take(base, part, Path(folder).expanduser(), overrides)
     return base
 

@@ -10,6 +10,7 @@ from clip_jax.config.packing import check_packed_batch
 from clip_jax.config.schema import ExperimentConfig
 from clip_jax.config.validation_data import check_data
 from clip_jax.config.validation_model import KINDS_WITH_HEADS, check_model
+from clip_jax.config.validation_optimizer import check_optimizer
 
 _POSITIVE = (
     "num_steps",
@@ -47,10 +48,15 @@ _POSITIVE = (
     "optimizer.epsilon",
     "optimizer.clip_global_norm",
     "evaluation.batch_size",
+    "num_slices",
+    "heartbeat_seconds",
     "checkpoint.every_steps",
+    "checkpoint.every_minutes",
     "checkpoint.keep_latest",
     "checkpoint.keep_every_steps",
     "logging.every_steps",
+    "logging.peak_tflops",
+    "logging.upload_seconds",
 )
 _NOT_NEGATIVE = (
     "seed",
@@ -64,6 +70,8 @@ _NOT_NEGATIVE = (
     "optimizer.weight_decay",
     "schedule.warmup_steps",
     "evaluation.every_steps",
+    "checkpoint.keep_best",
+    "start.step",
 )
 _SHARES = ("schedule.end_fraction",)  # in [0, 1]
 # In [0, 1): at 1 the bias correction divides by 0.
@@ -88,14 +96,11 @@ def validate(config: ExperimentConfig, *, trains: bool = True) -> ExperimentConf
     _check_loss(config)
     if trains and not config.data.sources:
         raise ConfigError("config.data.sources is empty; add at least one source of pairs")
-    _check_steps(config)
+    _check_microbatches(config)
     check_data(config)
-    for tower in config.start.lock:
-        if config.start.model is None and getattr(config.start, tower) is None:
-            raise ConfigError(
-                f"config.start.lock {config.start.lock} would leave the {tower} tower at random: "
-                f"name its weights with config.start.model or config.start.{tower}"
-            )
+    check_optimizer(config)
+    _check_start(config)
+    _check_saving(config)
     if sum(size == -1 for size in config.mesh) > 1 or any(s < 1 and s != -1 for s in config.mesh):
         raise ConfigError(
             f"config.mesh must be positive sizes of (data, fsdp, tensor) with at most one -1, "
@@ -183,13 +188,7 @@ def _check_loss(config: ExperimentConfig) -> None:
         )
 
 
-def _check_steps(config: ExperimentConfig) -> None:
-    if config.schedule.warmup_steps > config.num_steps:
-        raise ConfigError(
-            f"config.schedule.warmup_steps {config.schedule.warmup_steps} is more than num_steps "
-            f"{config.num_steps}; set config.schedule.warmup_steps too, to {config.num_steps} or "
-            "less"
-        )
+def _check_microbatches(config: ExperimentConfig) -> None:
     if config.microbatches > 1 and config.model.image.kind == "resnet":
         raise ConfigError(
             f"config.microbatches {config.microbatches} does not go with the batch norm of "
@@ -200,4 +199,56 @@ def _check_steps(config: ExperimentConfig) -> None:
         raise ConfigError(
             f"config.global_batch_size {config.global_batch_size} is not divisible by microbatches "
             f"{config.microbatches}"
+        )
+
+
+def _check_start(config: ExperimentConfig) -> None:
+    start = config.start
+    for tower in start.lock:
+        if all(folder is None for folder in (start.branch, start.model, getattr(start, tower))):
+            raise ConfigError(
+                f"config.start.lock {start.lock} would leave the {tower} tower at random: name its "
+                f"weights with config.start.model or config.start.{tower}"
+            )
+    parts = [part for part in ("model", "image", "text") if getattr(start, part) is not None]
+    if start.branch is not None and parts:
+        raise ConfigError(
+            f"config.start.branch {start.branch} brings all weights: leave out "
+            f"config.start.{parts[0]}"
+        )
+    if start.branch is not None and start.use_ema:
+        raise ConfigError(
+            "config.start.use_ema is of start.model, image and text: start.branch goes on with the "
+            "weights that the optimizer moves"
+        )
+
+
+def _check_saving(config: ExperimentConfig) -> None:
+    checkpoint, evaluation, logging = config.checkpoint, config.evaluation, config.logging
+    if bool(checkpoint.keep_best) != bool(checkpoint.best_metric):
+        raise ConfigError(
+            f"config.checkpoint.keep_best {checkpoint.keep_best} and best_metric "
+            f"{checkpoint.best_metric!r} go together, as keep_best=1 and "
+            "best_metric=eval/SET/text_to_image_R@1"
+        )
+    if checkpoint.keep_best:
+        sets, parts = evaluation.sets, checkpoint.best_metric.split("/", maxsplit=2)
+        if len(parts) < 3 or parts[0] != "eval" or parts[1] not in sets:
+            raise ConfigError(
+                f"config.checkpoint.best_metric {checkpoint.best_metric!r} is of no evaluation set "
+                f"({', '.join(sets) or 'there is none'}); it is spelled eval/SET/METRIC"
+            )
+        if not evaluation.every_steps:
+            raise ConfigError(
+                "config.checkpoint.keep_best needs scores on the way: set "
+                "config.evaluation.every_steps to a multiple of config.checkpoint.every_steps"
+            )
+    if evaluation.use_ema and config.optimizer.ema_decay is None:
+        raise ConfigError(
+            "config.evaluation.use_ema needs a moving average: set config.optimizer.ema_decay"
+        )
+    steps = logging.profile_steps
+    if steps is not None and not 1 <= steps[0] <= steps[1]:
+        raise ConfigError(
+            f"config.logging.profile_steps must be (first, last), 1 <= first <= last, got {steps}"
         )

@@ -15,13 +15,14 @@ import html
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import numpy as np
+
+from clip_jax.checkpoint import AnyPath, write_atomically
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 _GUTTER = 2  # pixels of repeated edge round each thumbnail: a scaled sprite blends its neighbours
@@ -139,17 +140,10 @@ class Report:
         _check_indices("similarity.images", self.similarity.images if self.similarity else [], num)
 
 
-def write_report(path: str | os.PathLike[str], report: Report) -> None:
+def write_report(path: AnyPath, report: Report) -> None:
     """Writes the page, whole or not at all. Raises OSError where the folder cannot be written."""
-    path = Path(path)
     # A lone surrogate in a caption has no UTF-8 form: "replace" writes "?".
-    content = render_report(report).encode("utf-8", "replace")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, render_report(report).encode("utf-8", "replace").decode("utf-8"))
 
 
 def render_report(report: Report) -> str:

@@ -3,14 +3,13 @@
 import os
 import platform
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 import clip_jax
-from clip_jax.checkpoint import Workdir, read_metrics
+from clip_jax.checkpoint import AnyPath, Workdir, read_metrics
 from clip_jax.config import ExperimentConfig, to_dict
 from clip_jax.data.quickstart import ATTRIBUTION
 from clip_jax.data.transforms import decode_image, evaluation_image
@@ -31,7 +30,7 @@ def write_run_report(
     *,
     step: int,
     num_parameters: int,
-) -> Path:
+) -> AnyPath:
     """Writes the report of a run at `step`, from metrics.jsonl and the results of its evaluation.
 
     That of the last step is `report.html`, another `report-step-N.html`. Returns its path. The

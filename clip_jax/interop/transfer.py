@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from clip_jax.checkpoint import CheckpointStore, Workdir
+from clip_jax.checkpoint import AnyPath, CheckpointStore, Workdir, write_atomically
 from clip_jax.config import (
     PRESETS,
     DataConfig,
@@ -49,6 +49,8 @@ def import_weights(source: Path, format: str, output: Workdir, *, use_peer: bool
     module, source = format_module(format), Path(source).expanduser()
     if not source.exists():
         raise UserError(f"there is no {source}")
+    if not isinstance(output.path, Path):
+        raise UserError(f"{output.path} is in a bucket; import into a local folder and copy that")
     with staged(output.path) as folder:
         weights, notes = _in_float32(checked(module.read(source), str(source)))
         weights = dataclasses.replace(weights, model=_named(weights))
@@ -220,7 +222,7 @@ def _save(weights: Weights, folder: Workdir, output: Workdir, format: str) -> No
     model, tokenizer = weights.model, weights.tokenizer
     data = DataConfig()
     if tokenizer is not None:
-        tokenizer.save(folder.tokenizer)
+        write_atomically(folder.tokenizer, tokenizer.to_json())
         data = DataConfig(tokenizer=TokenizerConfig(kind="file", path=str(output.tokenizer)))
     loss = LossConfig(kind="softmax" if model.logit_bias_init is None else "sigmoid")
     config = dataclasses.replace(
@@ -255,7 +257,7 @@ def _save(weights: Weights, folder: Workdir, output: Workdir, format: str) -> No
         store.wait()
 
 
-def _weights_of(checkpoints: Path, step: int | None, *, ema: bool) -> Weights:
+def _weights_of(checkpoints: AnyPath, step: int | None, *, ema: bool) -> Weights:
     with contextlib.closing(CheckpointStore(checkpoints)) as store:
         metadata = store.metadata(step)
         groups = store.load(("params", "model_state"), step)

@@ -6,7 +6,7 @@ from clip_jax.models.clip import CLIP, unit_length
 from clip_jax.models.flops import forward_flops
 from clip_jax.models.layers import Execution
 from clip_jax.models.naflex import NaFlexTransformer
-from clip_jax.models.positions import resample_position_embedding
+from clip_jax.models.positions import resample_position_embedding, stretch_position_embedding
 from clip_jax.models.resnet import ModifiedResNet
 from clip_jax.models.text import TextTransformer
 from clip_jax.models.vit import VisionTransformer
@@ -22,5 +22,6 @@ __all__ = [
     "VisionTransformer",
     "forward_flops",
     "resample_position_embedding",
+    "stretch_position_embedding",
     "unit_length",
 ]

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from clip_jax.config import TextTowerConfig
-from clip_jax.models.layers import Array, Execution, layer_norm, run_blocks, stacked_blocks
+from clip_jax.models.layers import (
+    Array,
+    Execution,
+    layer_norm,
+    look_up,
+    run_blocks,
+    stacked_blocks,
+)
 from clip_jax.models.text import check_length, mean_of_real, real_tokens
 
 
@@ -42,7 +49,8 @@ class BertTransformer(nnx.Module):
     def __call__(self, tokens_BT: Array) -> tuple[Array, Array]:
         check_length(tokens_BT, self.config)
         # Float32 until all are added, so that their gradients are summed in float32 as well.
-        x_BTD = self.token_embedding[...][tokens_BT] + self.segment_embedding[0]
+        x_BTD = look_up(self.token_embedding[...], tokens_BT, self.execution)
+        x_BTD = x_BTD + self.segment_embedding[0]
         x_BTD = x_BTD + self.position_embedding[: tokens_BT.shape[1]]
         x_BTD = self.embedding_norm(x_BTD).astype(self.execution.dtype)
         x_BTD = run_blocks(

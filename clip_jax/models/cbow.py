@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from clip_jax.config import TextTowerConfig
-from clip_jax.models.layers import Array, Execution
+from clip_jax.models.layers import Array, Execution, look_up
 from clip_jax.models.text import mean_of_real
 
 
@@ -26,5 +26,6 @@ class BagOfWords(nnx.Module):
         )
 
     def __call__(self, tokens_BT: Array) -> tuple[Array, Array]:
-        x_BTD = self.token_embedding[...][tokens_BT]  # float32: the mean is all there is to compute
+        # Float32: the mean is all there is to compute.
+        x_BTD = look_up(self.token_embedding[...], tokens_BT, self.execution)
         return mean_of_real(x_BTD, tokens_BT, self.config), x_BTD.astype(self.execution.dtype)

@@ -30,9 +30,16 @@ class CLIP(nnx.Module):
     """Image and text encoders with projections and a learned temperature."""
 
     def __init__(
-        self, config: ModelConfig, execution: Execution | None = None, *, rngs: nnx.Rngs
+        self,
+        config: ModelConfig,
+        execution: Execution | None = None,
+        *,
+        text_execution: Execution | None = None,
+        rngs: nnx.Rngs,
     ) -> None:
+        """text_execution: where the text tower's is another one."""
         execution = execution or Execution()
+        text_execution = text_execution or execution
         self.config = config
         image, image_width = config.image, config.image.width
         self.image: ModifiedResNet | NaFlexTransformer | VisionTransformer
@@ -45,11 +52,11 @@ class CLIP(nnx.Module):
             self.image = VisionTransformer(image, execution, rngs=rngs)
         self.text: TextTransformer | BertTransformer | BagOfWords
         if config.text.kind == "bert":
-            self.text = BertTransformer(config.text, execution, rngs=rngs)
+            self.text = BertTransformer(config.text, text_execution, rngs=rngs)
         elif config.text.kind == "cbow":
-            self.text = BagOfWords(config.text, execution, rngs=rngs)
+            self.text = BagOfWords(config.text, text_execution, rngs=rngs)
         else:
-            self.text = TextTransformer(config.text, execution, rngs=rngs)
+            self.text = TextTransformer(config.text, text_execution, rngs=rngs)
         embed_dim = config.embed_dim
         self.image_projection = _projection(config.image_projection, image_width, embed_dim, rngs)
         self.text_projection = _projection(

@@ -48,6 +48,18 @@ def resample_position_embedding(
     return np.concatenate([prefix, x.reshape(-1, table.shape[1]).astype(table.dtype)])
 
 
+def stretch_position_embedding(table: Any, length: int) -> np.ndarray:
+    """A learned table [T, D] for longer captions: [length, D] of the same dtype, on the host.
+
+    Linear, half-pixel centres, the ends repeated, as open_clip's `resize_text_pos_embed`, with
+    which CLIPA goes from 8 or 16 tokens to 32: the last position stays the last.
+    """
+    table = np.asarray(table)
+    at = (np.arange(length) + 0.5) * len(table) / length - 0.5
+    columns = (np.interp(at, np.arange(len(table)), column) for column in table.T)
+    return np.stack(list(columns), axis=1).astype(table.dtype)
+
+
 def resampled_per_sample(table_GGD: Array, spatial_shapes_B2: Array, num_tokens: int) -> Array:
     """Embeddings [B, T, D] of patches of images with grids of their own (SigLIP 2, NaFlex).
 

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from clip_jax.config import TextTowerConfig, UserError
-from clip_jax.models.layers import Array, Execution, layer_norm, run_blocks, stacked_blocks
+from clip_jax.models.layers import (
+    Array,
+    Execution,
+    layer_norm,
+    look_up,
+    run_blocks,
+    stacked_blocks,
+)
 from clip_jax.models.pooling import AttentionPooling
 
 
@@ -71,7 +78,7 @@ class TextTransformer(nnx.Module):
         check_length(tokens_BT, self.config)
         # Float32 until both are added: then their gradients are summed in float32 as well, over
         # the batch and over all places of a token. In bfloat16 such a sum stalls at 256 terms.
-        x_BTD = self.token_embedding[...][tokens_BT]
+        x_BTD = look_up(self.token_embedding[...], tokens_BT, self.execution)
         x_BTD = x_BTD + self.position_embedding[: tokens_BT.shape[1]]
         x_BTD = x_BTD.astype(self.execution.dtype)
         x_BTD = run_blocks(self.blocks, x_BTD, depth=self.config.depth, execution=self.execution)
@@ -88,7 +95,9 @@ class TextTransformer(nnx.Module):
         P, R, T = tokens_PRT.shape
         tokens_BT, segments_BT = (x.reshape(P * R, T) for x in (tokens_PRT, segments_PRT))
         check_length(tokens_BT, self.config)
-        x_BTD = self.token_embedding[...][tokens_BT] + self._positions(segments_BT)
+        x_BTD = look_up(self.token_embedding[...], tokens_BT, self.execution) + self._positions(
+            segments_BT
+        )
         x_BTD = run_blocks(
             self.blocks,
             x_BTD.astype(self.execution.dtype),

@@ -5,12 +5,13 @@ from clip_jax.parallel.agreement import (
     on_all_processes,
     values_of_processes,
 )
+from clip_jax.parallel.cluster import start_processes
+from clip_jax.parallel.layout import Layout
 from clip_jax.parallel.mesh import (
     BATCH_AXES,
     MESH_AXES,
     check_rows_of_processes,
     make_mesh,
-    start_processes,
 )
 from clip_jax.parallel.sharding import (
     RULES,
@@ -21,13 +22,16 @@ from clip_jax.parallel.sharding import (
     state_shardings,
     to_global_batch,
 )
+from clip_jax.parallel.together import ending_together
 
 __all__ = [
     "BATCH_AXES",
     "MESH_AXES",
     "RULES",
+    "Layout",
     "batch_sharding",
     "check_rows_of_processes",
+    "ending_together",
     "from_first_process",
     "make_mesh",
     "matching_rules",

@@ -15,11 +15,15 @@ _Result = TypeVar("_Result")
 def from_first_process(value: int) -> int:
     """The first process's value, on every process: files may look different on other hosts.
 
-    All processes must call it, in the same order.
+    value: of at most 90 bits. All processes must call it, in the same order.
     """
     if jax.process_count() == 1:
         return value
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+    # In pieces: JAX would cut an int64 off.
+    mask = (1 << 30) - 1
+    pieces = np.array([value >> 60, value >> 30 & mask, value & mask], np.int32)
+    high, middle, low = map(int, multihost_utils.broadcast_one_to_all(pieces))
+    return high << 60 | middle << 30 | low
 
 
 def on_all_processes(work: Callable[[], _Result]) -> _Result:

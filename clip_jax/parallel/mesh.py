@@ -1,90 +1,119 @@
-"""The device mesh, and starting JAX on many hosts."""
+"""The device mesh: which device computes which part of a batch and of the weights."""
 
 import logging
-import os
-import re
+import math
+from collections.abc import Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from clip_jax.config import ConfigError, ExperimentConfig, UserError, check_devices
+from clip_jax.config import ConfigError, ExperimentConfig, check_devices
 
 logger = logging.getLogger(__name__)
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")  # the batch is split over both
 
-_HOST_AND_PORT = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):(\d{1,5})")
-_BY_HAND = "--coordinator=HOST:PORT --num_processes=N --process_id=I"
 
+def make_mesh(config: ExperimentConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh over all devices, or those given, with axes (data, fsdp, tensor).
 
-def start_processes(
-    coordinator: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-    *,
-    distributed: bool = False,
-) -> None:
-    """Joins the processes of a run where a cluster is asked for or detected, else does nothing.
-
-    coordinator: host:port of process 0; needs the two next ones. distributed: JAX finds all three
-    by itself, whatever we detect. On CPUs the collectives go through gloo. Raises UserError where
-    the arguments do not fit together, or JAX finds or reaches no cluster.
+    Raises ConfigError where the devices do not fit `config.mesh`, `config.num_slices` or the batch
+    sizes.
     """
-    by_hand = _check_processes(coordinator, num_processes, process_id)
-    if by_hand and distributed:
-        raise UserError("--distributed finds the processes by itself: give it or --coordinator")
-    if not (by_hand or distributed or _cluster_detected()):
-        return
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
-    except Exception as error:
-        remedy = "can all hosts reach it, and is its port free?" if by_hand else f"use {_BY_HAND}"
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        where = f"the coordinator {coordinator}" if by_hand else "a cluster that JAX can detect"
-        raise UserError(f"cannot join {where} ({reason}); {remedy}") from error
-    logger.info("process %d of %d", jax.process_index(), jax.process_count())
+    grid = device_grid(config, jax.devices() if devices is None else devices)
+    mesh = Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    check_rows_of_processes(mesh)
+    return mesh
 
 
-def _check_processes(
-    coordinator: str | None, num_processes: int | None, process_id: int | None
-) -> bool:
-    """Whether the processes are named by hand: all three are given."""
-    if coordinator is None and num_processes is None and process_id is None:
-        return False
-    if coordinator is None or num_processes is None or process_id is None:
-        raise UserError(f"give all three of {_BY_HAND}, or none")
-    match = _HOST_AND_PORT.fullmatch(coordinator)
-    if match is None or not 0 < int(match[2]) < 2**16:
-        raise UserError(f"--coordinator={coordinator} is not HOST:PORT, as in 10.0.0.1:1234")
-    if not 0 <= process_id < num_processes:
-        raise UserError(
-            f"--process_id={process_id} must be from 0 to --num_processes - 1 = {num_processes - 1}"
+def device_grid(config: ExperimentConfig, devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices in the shape of the mesh.
+
+    Devices of a slice have a fast network among them (a TPU slice's ICI, a GPU host's NVLink), and
+    slices a slow one. The data axis goes across the slices, then fsdp, tensor never; inside a slice
+    the axes follow its torus. Raises ConfigError as `make_mesh`.
+    """
+    sizes = check_devices(config, len(devices))
+    slices = split_slices(config, devices)
+    across = axes_across_slices(config, sizes, len(slices))
+    inside = tuple(size // outer for size, outer in zip(sizes, across, strict=True))
+    blocks = np.empty(len(slices), object)
+    for i, members in enumerate(slices):
+        blocks[i] = _arranged(inside, members)
+    if len(slices) == 1:
+        return np.asarray(blocks[0])
+    logger.info("%d slices: mesh %s is %s across and %s inside", len(slices), sizes, across, inside)
+    # Slices are the outer part of each axis that crosses them.
+    return np.block(blocks.reshape(across).tolist())
+
+
+def split_slices(config: ExperimentConfig, devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+    """The devices by slice, in order.
+
+    As the devices tell (TPU slices; hosts of GPUs), else `config.num_slices` equal parts in the
+    order of their processes. Raises ConfigError where the two differ or the parts are unequal.
+    """
+    told: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        told.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    wanted = config.num_slices
+    if len(told) == 1 and wanted is not None and devices[0].platform != "tpu":
+        if len(devices) % wanted:
+            raise ConfigError(
+                f"config.num_slices {wanted} does not divide the {len(devices)} devices"
+            )
+        size = len(devices) // wanted
+        return [list(devices[i * size : (i + 1) * size]) for i in range(wanted)]
+    if wanted not in (None, len(told)):
+        raise ConfigError(
+            f"config.num_slices is {wanted}, but the devices are of {len(told)} slices; leave it "
+            "out, or start the run on as many"
         )
-    return True
+    counts = {index: len(members) for index, members in sorted(told.items())}
+    if len(set(counts.values())) > 1:
+        raise ConfigError(
+            f"slices of different sizes make no mesh: {counts} devices by slice; start the run on "
+            "equal ones"
+        )
+    return [told[index] for index in counts]
 
 
-def _cluster_detected() -> bool:
-    """Whether a launcher that jax.distributed understands started this process among several.
+def axes_across_slices(
+    config: ExperimentConfig, sizes: tuple[int, int, int], num_slices: int
+) -> tuple[int, int, int]:
+    """How many slices each axis crosses: data as many as it can, then fsdp, tensor none.
 
-    The shell of an sbatch or salloc has the variables of the job but none of a step: it is alone.
+    Raises ConfigError where data x fsdp cannot take them all.
     """
-    if "SLURM_STEP_NODELIST" in os.environ and "SLURM_PROCID" in os.environ:
-        step = "SLURM_STEP_NUM_TASKS"
-        if _environment_number(step if step in os.environ else "SLURM_NTASKS") > 1:
-            return True
-    if _environment_number("OMPI_COMM_WORLD_SIZE") > 1:  # Open MPI
-        return True
-    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")  # TPU pods
+    data, fsdp, _ = sizes
+    over_data = math.gcd(data, num_slices)
+    over_fsdp = num_slices // over_data
+    if fsdp % over_fsdp:
+        raise ConfigError(
+            f"config.mesh {config.mesh} = {sizes} does not lie on {num_slices} slices: its data "
+            f"axis must be a multiple of {num_slices}, or data x fsdp be one, since tensor never "
+            f"crosses slices; as in config.mesh=({num_slices}, -1, {sizes[2]})"
+        )
+    return over_data, over_fsdp, 1
 
 
-def _environment_number(name: str) -> int:
-    text = os.environ.get(name, "1")
+def _arranged(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    """The devices of a slice in this shape, neighbours along an axis near on its network."""
     try:
-        return int(text)
-    except ValueError:
-        raise UserError(f"${name} is {text!r}, not a number; unset it, or use {_BY_HAND}") from None
+        return mesh_utils.create_device_mesh(shape, devices)
+    except NotImplementedError:
+        pass  # no axis of the torus, nor several whole ones, has this size
+    try:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except NotImplementedError as error:
+        logger.warning(
+            "mesh %s does not follow the network of the devices (%s): they are taken in order",
+            *(shape, " ".join(str(error).split())[:200]),
+        )
+    return np.array(devices).reshape(shape)
 
 
 def check_rows_of_processes(mesh: Mesh) -> None:
@@ -98,18 +127,11 @@ def check_rows_of_processes(mesh: Mesh) -> None:
         if len(processes) > 1:
             raise ConfigError(
                 f"the tensor axis of mesh {tuple(mesh.devices.shape)} spans {len(processes)} "
-                f"processes of {jax.local_device_count()} devices; it must lie within one: choose "
-                "config.mesh with a tensor size that divides the devices of a process"
+                f"processes of {mesh.devices.size // _num_processes(mesh)} devices; it must lie "
+                "within one: choose config.mesh with a tensor size that divides the devices of a "
+                "process"
             )
 
 
-def make_mesh(config: ExperimentConfig) -> Mesh:
-    """Mesh over all devices with axes (data, fsdp, tensor).
-
-    Raises ConfigError where the device count does not fit `config.mesh` or the batch sizes.
-    """
-    sizes = check_devices(config, jax.device_count())
-    # jax.make_mesh makes Explicit axes unless told otherwise.
-    mesh = jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-    check_rows_of_processes(mesh)
-    return mesh
+def _num_processes(mesh: Mesh) -> int:
+    return len({device.process_index for device in mesh.devices.flat})

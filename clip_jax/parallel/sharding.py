@@ -49,7 +49,8 @@ RULES: tuple[Rule, ...] = (
     Rule(r"mlp/(up|gate)/bias", tensor=(-1,)),  # F
     Rule(r"mlp/down/kernel", fsdp=(-1, -2), tensor=(-2,)),  # F D
     Rule(r"mlp/down/bias"),
-    Rule(r"token_embedding", fsdp=(-1, -2), tensor=(-2,)),  # V D
+    # Rows first: what a reduce-scatter leaves of them lies in one piece.
+    Rule(r"token_embedding", fsdp=(-2, -1), tensor=(-2,)),  # V D
     Rule(r"position_embedding", fsdp=(-1,)),  # T D
     Rule(r"class_embedding|register_embedding|segment_embedding|probe"),
     Rule(r"pooler/kernel", fsdp=(-2, -1)),  # D D
@@ -62,7 +63,14 @@ RULES: tuple[Rule, ...] = (
     Rule(r"(image|text)_projection/(kernel|up/kernel|down/kernel)", fsdp=(-2, -1)),  # D E
     Rule(r"(image|text)_projection/bias"),
     Rule(r"log_logit_scale|logit_bias"),
-    Rule(r"step|count"),  # optimizer and schedule counters
+    # Adafactor's second moments of a matrix: without its longer side (row), without its shorter
+    # one (column). Those of attention have as many as heads.
+    Rule(r"qkv/kernel/row", tensor=(-2,)),  # 3 N H
+    Rule(r"qkv/kernel/column", fsdp=(-3,), tensor=(-1,)),  # D 3 N
+    Rule(r"out/kernel/row", tensor=(-2,)),  # N H
+    Rule(r"out/kernel/column", fsdp=(-1,), tensor=(-2,)),  # N D
+    Rule(r"(?<!qkv/kernel/)(?<!out/kernel/)(row|column)"),
+    Rule(r"step|count|skipped/(in_row|total)"),  # counters of steps
 )
 _PATTERNS = tuple(re.compile(rf"(?:^|.*/)(?:{rule.pattern})$") for rule in RULES)
 

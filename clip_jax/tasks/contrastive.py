@@ -4,6 +4,7 @@ Shape suffixes: B global batch, b rows of one device, L tokens, E embedding widt
 of packed captions P groups of the batch, G samples of a group, R rows of a group.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,10 +15,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from clip_jax.config import ConfigError, ExperimentConfig, ImageTowerConfig
+from clip_jax.config.frozen import is_frozen
 from clip_jax.config.schema import PackingConfig
 from clip_jax.models import CLIP, Execution, forward_flops
 from clip_jax.objectives import contrastive_loss
-from clip_jax.parallel import BATCH_AXES
+from clip_jax.parallel import BATCH_AXES, Layout
 from clip_jax.tasks.task import Tree
 
 Array = jax.Array
@@ -31,19 +33,33 @@ class ContrastiveTask:
     ) -> None:
         self.config, self.mesh = config, mesh
         self.execution = execution or Execution.for_backend(
-            jax.default_backend(), precision=config.precision, remat=config.remat
+            jax.default_backend(),
+            precision=config.precision,
+            remat=config.remat,
+            layers=config.layers,
         )
+        self.layout = Layout(mesh)
+        if mesh.size > 1 and self.execution.layout is None:
+            self.execution = dataclasses.replace(self.execution, layout=self.layout)
         abstract = jax.eval_shape(self._new_model, jax.random.key(0))
         self._graphdef, *self._states = nnx.split(abstract, nnx.Param, nnx.BatchStat)
         image = config.model.image
         # A locked tower runs as in evaluation: all patches, and batch statistics as they are.
-        self._image_trains = "image" not in config.start.lock
+        self._image_trains = any(
+            self.trainable(_name(path))
+            for path, _ in jax.tree_util.tree_leaves_with_path(_arrays(abstract, nnx.Param))
+            if _name(path).startswith("image/")
+        )
         self._image_needs_keys = self._image_trains and (
             image.patch_dropout > 0 or image.kind == "resnet"
         )
 
     def _new_model(self, rng: Array) -> CLIP:
-        return CLIP(self.config.model, self.execution, rngs=nnx.Rngs(rng))
+        image, text = (
+            dataclasses.replace(self.execution, frozen_layers=tower.frozen_layers)
+            for tower in (self.config.optimizer.image, self.config.optimizer.text)
+        )
+        return CLIP(self.config.model, image, text_execution=text, rngs=nnx.Rngs(rng))
 
     def model(self, params: Tree, model_state: Tree) -> CLIP:
         """The nnx module that holds these arrays; cheap inside jit, where it is traced away."""
@@ -69,13 +85,11 @@ class ContrastiveTask:
     ) -> tuple[Array, tuple[Tree, dict[str, Array]]]:
         del step  # `rng` already differs from step to step
         # No gradient for what does not train: nothing of it is kept for a backward pass.
-        params = {
-            name: jax.lax.stop_gradient(group) if not self.trainable(name) else group
-            for name, group in params.items()
-        }
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, x: x if self.trainable(_name(path)) else jax.lax.stop_gradient(x), params
+        )
+        image_BE, text_BE, model_state = self._encode(params, model_state, batch, rng)
         model = self.model(params, model_state)
-        image_BE, text_BE = self._encode(model, batch, rng)
-        model_state = _arrays(model, nnx.BatchStat)
         logit_scale = model.logit_scale()
         logit_bias = None if model.logit_bias is None else model.logit_bias[...]
         config = self.config.loss
@@ -117,11 +131,36 @@ class ContrastiveTask:
             metrics |= {"logit_bias": logit_bias}
         return loss, (model_state, metrics)
 
-    def _encode(self, model: CLIP, batch: Mapping[str, Array], rng: Array) -> tuple[Array, Array]:
-        """Both towers' embeddings [B, E], in microbatches that are recomputed going backward."""
+    def _gathering_model(self, params: Tree, model_state: Tree) -> CLIP:
+        """The model with whole weights, but for those that gather themselves where they are used:
+
+        blocks a layer at a time, and the table of tokens.
+        """
+
+        def whole(group: Tree, dtype: Any = None) -> Tree:
+            kept = ("image", "text", "blocks", "token_embedding")
+            rest = {name: leaf for name, leaf in group.items() if name not in kept}
+            return group | self.layout.whole(rest, dtype=dtype)
+
+        towers = {
+            # Its kernels compute in this dtype; of the text tower, some in float32.
+            "image": whole(params["image"], self.execution.dtype),
+            "text": whole(params["text"]),
+        }
+        return self.model(whole(params) | towers, model_state)
+
+    def _encode(
+        self, params: Tree, model_state: Tree, batch: Mapping[str, Array], rng: Array
+    ) -> tuple[Array, Array, Tree]:
+        """Both towers' embeddings [B, E] and the new model state.
+
+        In microbatches that are recomputed going backward. Each gathers its own weights: what fsdp
+        splits is whole only where it is in use, and so are its gradients.
+        """
         k, num_rows = self.config.microbatches, _num_samples(batch)
 
-        def encode_image(inputs: Mapping[str, Array]) -> Array:
+        def encode_image(inputs: Mapping[str, Array], model: CLIP | None = None) -> Array:
+            model = model or self._gathering_model(params, model_state)
             if not self._image_needs_keys:
                 return model.encode_image(inputs)
             # From the place in the global batch: neither devices nor microbatches change the keys.
@@ -130,7 +169,9 @@ class ContrastiveTask:
 
         batch = dict(batch) | {"row": jnp.arange(num_rows)}
         if k == 1:
-            return encode_image(batch), model.encode_text(batch)
+            model = self._gathering_model(params, model_state)
+            embeddings = encode_image(batch, model), model.encode_text(batch)
+            return *embeddings, _arrays(model, nnx.BatchStat)
         # Samples that share rows of text stay together: groups are dealt, of one sample each where
         # captions are not packed.
         num_groups = len(batch["tokens"])
@@ -165,8 +206,11 @@ class ContrastiveTask:
             embeddings_kpE = jax.lax.map(jax.checkpoint(encode_one), jnp.arange(k))
             return jnp.moveaxis(embeddings_kpE, 0, 1).reshape(num_rows, -1)
 
+        def encode_text(inputs: Mapping[str, Array]) -> Array:
+            return self._gathering_model(params, model_state).encode_text(inputs)
+
         # One tower after the other: their activations are never held together.
-        return run(encode_image), run(model.encode_text)
+        return run(encode_image), run(encode_text), model_state
 
     def constrain(self, params: Tree) -> Tree:
         """Clips the logit scale from above, as CLIP does to keep training stable."""
@@ -174,7 +218,7 @@ class ContrastiveTask:
         return params | {"log_logit_scale": jnp.minimum(params["log_logit_scale"], highest)}
 
     def trainable(self, path: str) -> bool:
-        return path.split("/", maxsplit=1)[0] not in self.config.start.lock
+        return not is_frozen(self.config, path)
 
     def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
         batch = self.config.global_batch_size
@@ -183,7 +227,7 @@ class ContrastiveTask:
     def embed(
         self, params: Tree, model_state: Tree, batch: Mapping[str, Array]
     ) -> dict[str, Array]:
-        model = self.model(params, model_state)
+        model = self._gathering_model(params, model_state)
         embeddings = {}
         if "image" in batch or "patches" in batch:
             embeddings["image"] = model.encode_image(batch)
@@ -196,6 +240,10 @@ class ContrastiveTask:
         packing = self.config.data.packing
         rows_per_text = _rows(packing) / packing.group_size if packing.group_size else 1.0
         return 3 * sum(forward_flops(self.config.model, rows_per_text=rows_per_text))
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _arrays(model: CLIP, kind: type[nnx.Variable]) -> Tree:

@@ -1,25 +1,24 @@
 """Scoring a run that is on disk."""
 
 import contextlib
-from pathlib import Path
 
 import jax
 
-from clip_jax.checkpoint import SKIP, CheckpointStore, Workdir
+from clip_jax.checkpoint import SKIP, AnyPath, CheckpointStore, Workdir
 from clip_jax.config import ExperimentConfig, UserError
 from clip_jax.data.sources import cache_dir
-from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.evaluation.evaluate import Evaluator, metrics_line
 from clip_jax.evaluation.run_report import write_run_report
 from clip_jax.parallel import make_mesh
 from clip_jax.tasks import ContrastiveTask
 from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.state import abstract_state, count_parameters
+from clip_jax.training.vocabulary import kept_tokenizer
 
 
 def evaluate_run(
     config: ExperimentConfig, workdir: Workdir, *, step: int | None = None
-) -> tuple[dict[str, float], Path]:
+) -> tuple[dict[str, float], AnyPath]:
     """Scores the checkpoint of `step` (default: the latest) and writes its report.
 
     Returns the scores as in metrics.jsonl, to which nothing is added, and the report's path. Raises
@@ -33,7 +32,7 @@ def evaluate_run(
         )
     mesh = make_mesh(config)
     task = ContrastiveTask(config, mesh)
-    tokenizer = Tokenizer.load(workdir.tokenizer)
+    tokenizer = kept_tokenizer(workdir.tokenizer)
     evaluator = Evaluator(task, tokenizer, config, mesh, cache_dir(config.data))
     abstract = abstract_state(
         task,
@@ -41,13 +40,14 @@ def evaluate_run(
         mesh,
         ema=config.optimizer.ema_decay is not None,
     )
+    use_ema = config.evaluation.use_ema
     with contextlib.closing(CheckpointStore(workdir.checkpoints)) as store:
-        skipped = {
+        unread = {
             name: jax.tree.map(lambda _: SKIP, getattr(abstract, name))
-            for name in ("opt_state", "ema")
+            for name in ("opt_state", "skipped", "params" if use_ema else "ema")
         }
-        state = store.restore(abstract._replace(**skipped), step)
-    results = evaluator(state.params, state.model_state)
+        state = store.restore(abstract._replace(**unread), step)
+    results = evaluator(state.ema if use_ema else state.params, state.model_state)
     report = workdir.report
     if jax.process_index() == 0:
         report = write_run_report(

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from clip_jax.checkpoint import Workdir
+from clip_jax.checkpoint import BadSamplesFile, Workdir
 from clip_jax.config import ExperimentConfig, UserError
-from clip_jax.data.configured_text import configured_text, packing_rows
+from clip_jax.data.configured_text import configured_text
 from clip_jax.data.order import Positions
 from clip_jax.data.pipeline import BatchIterator, training_batches
 from clip_jax.data.record import Source
@@ -21,7 +21,7 @@ from clip_jax.data.sources import open_source
 from clip_jax.data.stream_batches import StreamBatches, local_streams, stream_batches
 from clip_jax.data.text_inputs import PackedText, PaddedText
 from clip_jax.data.tokenizers import Tokenizer
-from clip_jax.parallel import from_first_process, on_all_processes, values_of_processes
+from clip_jax.parallel import on_all_processes, values_of_processes
 
 _COUNTS = ("data/bad_", "data/cut_")  # are summed over processes; the other figures are averaged
 
@@ -55,50 +55,12 @@ def describe_sources(config: ExperimentConfig, sources: Mapping[str, Source]) ->
     return f"{sum(map(len, sources.values())):,} samples"
 
 
-def keep_packing_rows(config: ExperimentConfig, workdir: Workdir) -> ExperimentConfig:
-    """The config with the rows of a group that the run in `workdir` has measured before.
-
-    Of the same captions in the same groups alone: others are measured anew.
-    """
-    packing = config.data.packing
-    if not packing.group_size or packing.rows is not None:
-        return config
-    if not from_first_process(workdir.exists()):
-        return config
-    saved = workdir.load_config()
-
-    def measured(config: ExperimentConfig) -> tuple[object, ...]:
-        length = config.model.text.context_length
-        return config.data.sources, config.data.packing.group_size, length
-
-    if measured(config) != measured(saved):
-        return config
-    return _with_rows(config, saved.data.packing.rows)
-
-
-def measure_packing_rows(
-    config: ExperimentConfig, sources: Mapping[str, Source], tokenizer: Tokenizer
-) -> ExperimentConfig:
-    """The config with `data.packing.rows`, chosen from captions where it is not given.
-
-    All processes get what the first one measures. Raises UserError as `packing_rows` does.
-    """
-    rows = packing_rows(config, sources, tokenizer)
-    if rows is None or rows == config.data.packing.rows:
-        return config
-    return _with_rows(config, from_first_process(rows))
-
-
-def _with_rows(config: ExperimentConfig, rows: int | None) -> ExperimentConfig:
-    packing = dataclasses.replace(config.data.packing, rows=rows)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, packing=packing))
-
-
 class TrainingInput:
     """This process's training batches, endlessly, from a position on; close it to end its threads.
 
     saved: what `position` returned at the checkpoint that the run goes on from; {}: it begins.
-    bad_samples: JSON lines of the samples that were passed over are appended to this file.
+    quarantine: ranges of the order that are passed over beside those of the config.
+    workdir: JSON lines of the samples that were bad are appended to a file of it.
 
     Raises UserError where the sources hold other samples than when the run was saved or than on
     other processes, and as `training_batches` and `stream_batches` do: on all processes, which make
@@ -113,17 +75,21 @@ class TrainingInput:
         *,
         first_sample: int,
         saved: Mapping[str, Any],
-        bad_samples: Path,
+        quarantine: tuple[tuple[int, int], ...] = (),
+        workdir: Workdir,
         allow_config_change: bool = False,
     ) -> None:
+        ranges = (*config.data.skipped_ranges, *quarantine)
+        data = dataclasses.replace(config.data, skipped_ranges=ranges)
+        config = dataclasses.replace(config, data=data)
         self._num_samples = {name: len(source) for name, source in sources.items()}
-        self._bad_samples = bad_samples
         self._batch_size = config.global_batch_size
-        self._places = Positions(config.data.skipped_ranges)
+        self._places = Positions(ranges)
         # By its place: ranges that came in since then may lie before it.
         self._consumed = first_sample
         if "place" in saved:
             self._consumed = self._places.consumed_before(saved["place"])
+        self._first = self._consumed
 
         def open_batches() -> BatchIterator | StreamBatches:
             if not allow_config_change:
@@ -132,6 +98,9 @@ class TrainingInput:
             return _batches(config, sources, text, start=self._consumed, saved=saved)
 
         self._batches = on_all_processes(open_batches)
+        self._bad_samples = BadSamplesFile(
+            workdir.bad_samples(jax.process_index()), self.place, config.logging.upload_seconds
+        )
         _check_same_everywhere(self._batches, self._num_samples)
 
     @property
@@ -139,14 +108,17 @@ class TrainingInput:
         """Where the next sample stands in the order."""
         return int(self._places(np.array([self._consumed]))[0])
 
+    def places(self, first: int, end: int) -> tuple[int, int]:
+        """A range of the samples that this object gave, counted from its first, in the order."""
+        start, last = self._places(self._first + np.array([first, end - 1])).tolist()
+        return start, last + 1
+
     def __next__(self) -> dict[str, np.ndarray]:
         """This process's share of the next batch. What was bad in it is written down."""
         try:
             batch = next(self._batches)
         finally:  # what ends a run has to be found there too
-            if bad := self._batches.drain_bad_samples():
-                with self._bad_samples.open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(sample) + "\n" for sample in bad)
+            self._bad_samples.write(self._batches.drain_bad_samples())
         self._consumed += self._batch_size
         return batch
 
@@ -178,8 +150,13 @@ class TrainingInput:
             for name, value in sums.items()
         }
 
+    def flush(self) -> None:
+        """Uploads what a bucket has not got yet of the list of bad samples."""
+        self._bad_samples.flush()
+
     def close(self) -> None:
         self._batches.close()
+        self._bad_samples.close()
 
 
 def _batches(

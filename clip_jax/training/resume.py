@@ -1,7 +1,6 @@
 """Whether a run may start, or go on, in a workdir. Nothing is written until all checks pass."""
 
-import tempfile
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from clip_jax.checkpoint import Workdir
@@ -15,7 +14,7 @@ def check_workdir(
 
     Raises UserError where the folder cannot be written, or the run in it is another one.
     """
-    _check_writable(workdir.path)
+    workdir.check_writable()
     if not workdir.exists():
         # A start that failed early may leave an empty folder.
         if workdir.checkpoints.exists() and any(workdir.checkpoints.glob("[0-9]*")):
@@ -50,16 +49,10 @@ def check_workdir(
     return changed
 
 
+def describe_changes(changes: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """A line for each of the changes that `check_workdir` found."""
+    return [f"config change on resume: {k} {old!r} -> {new!r}" for k, (old, new) in changes.items()]
+
+
 def _may_change(key: str) -> bool:
     return any(key == name or key.startswith(name + ".") for name in MAY_CHANGE_ON_RESUME)
-
-
-def _check_writable(path: Path) -> None:
-    if path.is_file():
-        raise UserError(f"workdir {path} is a file; name a folder")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UserError(f"workdir {path} cannot be written: {error.strerror}") from None

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from clip_jax.checkpoint import CheckpointStore, Workdir, leaves_by_path
 from clip_jax.config import ExperimentConfig, ModelConfig, StartConfig, UserError
-from clip_jax.models import resample_position_embedding
+from clip_jax.models import resample_position_embedding, stretch_position_embedding
 from clip_jax.training.state import TrainState
 
 NdArray = NDArray[Any]
@@ -17,15 +17,15 @@ NdArray = NDArray[Any]
 def starting_arrays(config: ExperimentConfig, abstract: TrainState) -> dict[str, NdArray]:
     """What `config.start` names, by path below `params` and `model_state`, on the host.
 
-    Position embeddings of images are resampled to the run's resolution, those of texts cut to its
-    context length. Raises UserError where a checkpoint is missing or does not fit the model.
+    Position embeddings of images are resampled to the run's resolution, those of texts cut or
+    stretched to its context length. Raises UserError where a checkpoint is missing or does not fit.
     """
     arrays: dict[str, NdArray] = {}
     wanted = leaves_by_path(abstract.params) | leaves_by_path(abstract.model_state)
     for part in ("model", "image", "text"):  # a single tower takes the place of the model's
         folder = getattr(config.start, part)
         if folder is not None:
-            arrays |= _arrays_of(folder, part, config.model, wanted)
+            arrays |= _arrays_of(folder, part, config, wanted)
     return arrays
 
 
@@ -55,13 +55,19 @@ def describe(start: StartConfig) -> str:
 
 
 def _arrays_of(
-    folder: str, part: str, model: ModelConfig, wanted: dict[str, Any]
+    folder: str, part: str, config: ExperimentConfig, wanted: dict[str, Any]
 ) -> dict[str, NdArray]:
-    workdir = Workdir(folder)
+    workdir, model = Workdir(folder), config.model
     saved = workdir.load_config().model
+    weights = "ema" if config.start.use_ema else "params"
     with contextlib.closing(CheckpointStore(workdir.checkpoints)) as store:
-        groups = store.load(("params", "model_state"))
-    found = leaves_by_path(groups["params"]) | leaves_by_path(groups["model_state"])
+        groups = store.load((weights, "model_state"), config.start.step)
+    if not groups[weights]:
+        raise UserError(
+            f"config.start.{part} {folder} has no moving average of its weights; use "
+            "config.start.use_ema=False"
+        )
+    found = leaves_by_path(groups[weights]) | leaves_by_path(groups["model_state"])
     if part != "model":
         wanted = {path: leaf for path, leaf in wanted.items() if path.startswith(f"{part}/")}
         found = {path: array for path, array in found.items() if path.startswith(f"{part}/")}
@@ -87,9 +93,12 @@ def _arrays_of(
 def _fitted(
     path: str, array: NdArray, shape: tuple[int, ...], saved: ModelConfig, model: ModelConfig
 ) -> NdArray:
-    """Position embeddings for another resolution or a shorter context."""
-    if path == "text/position_embedding" and array.shape[0] > shape[0]:
-        return array[: shape[0]]
+    """Position embeddings for another resolution or another context length."""
+    if path == "text/position_embedding" and array.shape[1:] == shape[1:]:
+        if array.shape[0] >= shape[0]:
+            return array[: shape[0]]
+        stretched: NdArray = stretch_position_embedding(array, shape[0])
+        return stretched
     if path not in ("image/position_embedding", "image/pooling/position_embedding"):
         return array
     if array.shape == shape or array.shape[1:] != shape[1:]:

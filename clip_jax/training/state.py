@@ -19,6 +19,7 @@ class TrainState(NamedTuple):
     model_state: dict[str, Any]
     opt_state: Any
     ema: dict[str, Any]  # moving average of the parameters; {} where none is kept
+    skipped: dict[str, Array]  # int32, updates left out: 'total', and 'in_row' up to now
 
 
 def abstract_state(
@@ -52,7 +53,8 @@ def _new_state(
     params, model_state = task.init(rng)
     # A copy: the state is donated, and no buffer may be in it twice.
     average = jax.tree.map(jnp.copy, params) if ema else {}
-    return TrainState(jnp.int32(0), params, model_state, optimizer.init(params), average)
+    skipped = {"in_row": jnp.int32(0), "total": jnp.int32(0)}
+    return TrainState(jnp.int32(0), params, model_state, optimizer.init(params), average, skipped)
 
 
 def count_parameters(params: Any) -> int:

@@ -1,14 +1,14 @@
 import json
 
 import pytest
+from checkpoint.buckets import Bucket
 from small import small_config
 
 from clip_jax.checkpoint import Workdir, drop_metrics_after, read_metrics, write_atomically
 from clip_jax.config import ConfigError, UserError
 
 
-def test_config_round_trips(tmp_path):
-    workdir = Workdir(tmp_path)
+def test_config_round_trips(workdir):
     with pytest.raises(UserError, match="not the workdir of a run"):
         workdir.load_config()
     workdir.save_config(small_config())
@@ -36,11 +36,35 @@ def test_a_bad_line_in_the_middle_is_named_and_nothing_is_lost(tmp_path, bad):
     assert path.read_bytes() == before
 
 
-def test_one_process_at_a_time(tmp_path):
-    workdir = Workdir(tmp_path)
-    with workdir.lock(), pytest.raises(UserError, match="another process trains in"):
-        workdir.lock()
-    workdir.lock().close()
+def test_the_paths_of_a_run_in_a_bucket_read_as_urls():
+    workdir = Workdir("gs://bucket/run/")
+    assert f"{workdir.path}" == "gs://bucket/run"
+    assert f"{workdir.checkpoints}" == "gs://bucket/run/checkpoints"
+    assert f"{workdir.bad_samples(3)}" == "gs://bucket/run/bad_samples.3.jsonl"
+
+
+def test_a_folder_is_made_and_tried(tmp_path):
+    Workdir(tmp_path / "a" / "run").check_writable()
+    assert list((tmp_path / "a" / "run").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"workdir .*file is a file; name a folder"):
+        Workdir(tmp_path / "file").check_writable()
+    with pytest.raises(UserError, match=r"cannot be written: Not a directory"):
+        Workdir(tmp_path / "file" / "run").check_writable()
+
+
+def test_a_bucket_is_tried_before_a_run_begins(bucket, monkeypatch):
+    with pytest.raises(UserError, match=r"checkpoints are written to local folders and to gs:// a"):
+        bucket.check_writable()
+    monkeypatch.setattr("clip_jax.checkpoint.workdir._CHECKPOINT_SCHEMES", ("teststore",))
+    with (
+        Bucket.failing(PermissionError("forbidden")),
+        pytest.raises(UserError, match=r"cannot be written: PermissionError: forbidden"),
+    ):
+        bucket.check_writable()
+    bucket.check_writable()
+    assert Bucket.objects() == {}
+    assert len(Bucket.written) == 1
 
 
 def test_lines_after_a_step_are_dropped(tmp_path):

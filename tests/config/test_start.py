@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from small import small_config, small_model
 
-from clip_jax.config import ConfigError, ImageTowerConfig, StartConfig, to_config_dict, to_json
+from clip_jax.config import ConfigError, ImageTowerConfig, StartConfig, to_json
 from clip_jax.config.load import load_config
 
 RECIPE = """
@@ -107,7 +107,3 @@ def test_a_locked_tower_needs_weights(folder):
     with pytest.raises(ConfigError, match="would leave the image tower at random"):
         load(folder, lock, f"--config.start.text={folder}/imported")
     assert load(folder, lock, f"--config.start.image={folder}/imported").start.lock == ("image",)
-
-
-def test_to_config_dict_of_a_start_is_complete():
-    assert set(to_config_dict(StartConfig())) == {"model", "image", "text", "lock"}

@@ -235,7 +235,7 @@ def test_writes_whole_or_not_at_all(demo, tmp_path, monkeypatch):
     def full(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report.os, "replace", full)
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="No space left"):
         report.write_report(path, dataclasses.replace(demo, title="Second"))
     assert path.read_bytes() == before

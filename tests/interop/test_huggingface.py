@@ -124,7 +124,13 @@ def text_inputs(model, rng):
     return {"tokens": tokens}, theirs
 
 
-@pytest.mark.parametrize("case", CASES)
+LARGE = ("ViT-L-14-336", "ViT-H-14", "SigLIP So400m/14")  # of the same kinds as the others
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] if case in LARGE else []) for case in CASES],
+)
 def test_transformers_here_and_back(case, tmp_path):
     peer = random_model(CASES[case]())
     peer.save_pretrained(tmp_path / "theirs")

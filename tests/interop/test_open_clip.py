@@ -27,6 +27,7 @@ from clip_jax.interop.transfer import export_weights, import_weights, weights_of
 from clip_jax.interop.weights import flatten, model_shapes, unflatten
 from clip_jax.tasks import ContrastiveTask
 
+SLOW = pytest.mark.slow
 SIGLIP = {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"}
 
 
@@ -60,7 +61,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# Each case of these differs in kind from the others; the rest is sizes, for `make test-slow`.
+DEFAULT = ("ViT-B-32", "RN50", "ViT-B-16-SigLIP", "ViT-L-14-CLIPA", "ViT-M-16-alt")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in DEFAULT else pytest.param(name, marks=SLOW) for name in CASES]
+)
 def test_embeddings_both_ways(open_clip, name, tmp_path, monkeypatch):
     cfg = model_cfg(open_clip, name, **CASES[name])
     shallow = contextlib.nullcontext()
@@ -139,7 +146,7 @@ def bert_cfg(tmp_path):
     [
         ("mean_pooler", "mlp"),
         ("cls_pooler", "linear"),
-        ("cls_last_hidden_state_pooler", "linear"),
+        pytest.param("cls_last_hidden_state_pooler", "linear", marks=SLOW),
     ],
 )
 def test_bert_both_ways(open_clip, bert_cfg, pooler, projection, tmp_path):
@@ -182,7 +189,7 @@ def test_gradients_of_the_loss(open_clip, name, changes, kind, tmp_path, monkeyp
     # Array by array, but for those whose gradient is nothing but rounding, as of the keys' biases.
     for path, array in expected.items():
         if np.linalg.norm(array) > 1e-4 * whole:
-            np.testing.assert_array_less(errors[path] * whole, 1e-5 * np.linalg.norm(array), path)
+            np.testing.assert_array_less(errors[path] * whole, 2e-5 * np.linalg.norm(array), path)
 
 
 def loss_and_gradients(weights, inputs, kind):

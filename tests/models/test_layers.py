@@ -8,7 +8,7 @@ from flax import nnx
 from models.vision_peers import with_params
 from small import small_model
 
-from clip_jax.config import ImageTowerConfig, TextTowerConfig
+from clip_jax.config import ConfigError, ImageTowerConfig, TextTowerConfig
 from clip_jax.models import Execution
 from clip_jax.models.layers import (
     ACTIVATIONS,
@@ -148,6 +148,7 @@ EXECUTIONS = [
     Execution(unroll_layers=True),
     Execution(remat="full"),
     Execution(remat="dots", unroll_layers=True),
+    Execution(remat="offload"),
 ]
 
 
@@ -171,6 +172,47 @@ def test_unrolled_and_rematerialised_layers_equal_the_scan():
         found = jax.tree.leaves(run(execution))
         for ours, reference in zip(found, expected, strict=True):
             np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_how_to_execute_follows_backend_and_config():
+    assert not Execution.for_backend("tpu").unroll_layers
+    assert Execution.for_backend("gpu").unroll_layers  # the scan copies its carry there
+    assert not Execution.for_backend("gpu", layers="scan").unroll_layers
+    assert not Execution.for_backend("gpu", remat="offload").unroll_layers
+    assert Execution.for_backend("cpu", layers="unroll").unroll_layers
+    with pytest.raises(ConfigError, match="'some'; there are none, dots, full, offload"):
+        Execution.for_backend("cpu", remat="some")
+    with pytest.raises(ConfigError, match=r"config.layers is 'roll'; there are auto, scan, unroll"):
+        Execution.for_backend("cpu", layers="roll")
+
+
+def test_frozen_layers_get_no_gradients_and_keep_nothing():
+    """The others get those that they have anyway; what is kept is that of fewer layers."""
+    config = dataclasses.replace(CONFIG, depth=4)
+    blocks = stacked_blocks(config, Execution(), is_causal=False, rngs=nnx.Rngs(0))
+    x = tokens(8, 33, 32)
+
+    def gradients(frozen):
+        execution = Execution(frozen_layers=frozen)
+
+        def loss(blocks, x):
+            return (run_blocks(blocks, x, depth=4, execution=execution) ** 2).sum()
+
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(blocks, x).compile()
+        return compiled(blocks, x), compiled.memory_analysis().temp_size_in_bytes
+
+    (all_blocks, all_x), all_bytes = gradients(0)
+    (some_blocks, some_x), some_bytes = gradients(3)
+    for found, expected in zip(
+        jax.tree.leaves(some_blocks), jax.tree.leaves(all_blocks), strict=True
+    ):
+        assert not found[:3].any()
+        np.testing.assert_allclose(found[3:], expected[3:], rtol=1e-4, atol=1e-4)
+    assert not some_x.any()
+    assert all_x.any()
+    assert some_bytes < all_bytes / 2
+    (none, _), _ = gradients(4)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(none))
 
 
 def test_layers_are_applied_in_order():

@@ -1,10 +1,6 @@
 """The compiled ring: its route, its FLOPs, its traffic, and that no B x B array is in it."""
 
-import importlib.util
 import itertools
-import sys
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from clip_jax.objectives import contrastive_loss
 from clip_jax.objectives.ring import ring_permutation
-
-
-def load_hlo_reader() -> Any:
-    path = Path(__file__).parents[2] / "benchmarks" / "loss_hlo.py"
-    spec = importlib.util.spec_from_file_location("loss_hlo", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["loss_hlo"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from clip_jax.planning import Program
 
 
 @pytest.mark.parametrize("sizes", [(1,), (8,), (4, 2), (2, 2, 2), (3, 4), (4, 4)])
@@ -69,13 +56,13 @@ def test_flops_traffic_and_arrays_of_the_compiled_program(kind, needed, rounds):
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, whole))
     gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
     compiled = gradient.lower(embeddings, embeddings, scalar, scalar).compile()
-    counts = load_hlo_reader().Program(compiled.as_text()).counts()
+    program = Program(compiled.as_text())
 
-    assert num_devices * counts.flops <= 1.05 * needed * batch**2 * width
-    assert num_devices * counts.flops >= 0.95 * needed * batch**2 * width  # all were counted
+    assert num_devices * program.flops <= 1.05 * needed * batch**2 * width
+    assert num_devices * program.flops >= 0.95 * needed * batch**2 * width  # all were counted
     least = 4 * rows * width * (rounds * (num_devices - 1) + num_devices)
     statistics = 4 * rows * 3 * num_devices * rounds  # vectors of the columns: small at width 512
-    assert sum(counts.collective_bytes.values()) <= 1.05 * least + statistics
-    assert set(counts.collective_bytes) == {"collective-permute", "all-reduce"}
-    assert counts.largest_collective == rows * width
-    assert counts.largest_array == rows * width  # a tile is 64 x 64
+    assert sum(c.sent_bytes for c in program.collectives) <= 1.05 * least + statistics
+    assert {c.kind for c in program.collectives} == {"collective-permute", "all-reduce"}
+    assert max(c.num_elements for c in program.collectives) == rows * width
+    assert program.largest_array == rows * width  # a tile is 64 x 64

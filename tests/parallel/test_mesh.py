@@ -1,119 +1,12 @@
-import os
+import dataclasses
 
-import jax
 import numpy as np
 import pytest
 from small import small_config
 
-from clip_jax.config import ConfigError, UserError
-from clip_jax.parallel import MESH_AXES, check_rows_of_processes, make_mesh, start_processes
-
-LAUNCHERS = ("SLURM_", "OMPI_", "TPU_", "JAX_COORDINATOR")
-
-
-@pytest.fixture
-def joined(monkeypatch):
-    """What jax.distributed.initialize was called with: () where it was not."""
-    calls = []
-    for name in [n for n in os.environ if n.startswith(LAUNCHERS)]:
-        monkeypatch.delenv(name)
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *arguments: calls.append(arguments))
-    before = jax.config.jax_cpu_collectives_implementation
-    yield calls
-    jax.config.update("jax_cpu_collectives_implementation", before)
-
-
-STEP = {"SLURM_STEP_NODELIST": "node1", "SLURM_PROCID": "0", "SLURM_STEP_NUM_NODES": "1"}
-
-
-@pytest.mark.parametrize(
-    ("environment", "several"),
-    [
-        ({}, False),
-        (STEP | {"SLURM_NTASKS": "8"}, True),  # srun -n8, on one node
-        (STEP | {"SLURM_STEP_NUM_TASKS": "8"}, True),
-        (STEP | {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, False),  # one task of a job
-        (STEP | {"SLURM_NTASKS": "1"}, False),
-        (STEP, False),
-        # The shell of sbatch -N2 -n16: a job, and no step.
-        ({"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "16", "SLURM_PROCID": "0"}, False),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
-        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
-        ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
-    ],
-)
-def test_launchers_are_detected(joined, monkeypatch, environment, several):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    start_processes()
-    assert joined == ([(None, None, None)] if several else [])
-
-
-@pytest.mark.parametrize(
-    ("environment", "name"),
-    [
-        (STEP | {"SLURM_NTASKS": "many"}, "SLURM_NTASKS is 'many'"),
-        (STEP | {"SLURM_STEP_NUM_TASKS": ""}, "SLURM_STEP_NUM_TASKS is ''"),
-        ({"OMPI_COMM_WORLD_SIZE": "4(x2)"}, "OMPI_COMM_WORLD_SIZE is '4(x2)'"),
-    ],
-)
-def test_what_is_no_number_is_named(joined, monkeypatch, environment, name):
-    for variable, value in environment.items():
-        monkeypatch.setenv(variable, value)
-    with pytest.raises(UserError) as caught:
-        start_processes()
-    assert name in str(caught.value)
-    start_processes("host:1", 2, 0)  # named by hand, nothing is detected
-
-
-def test_processes_named_by_hand(joined):
-    start_processes("[::1]:1234", 2, 1)
-    start_processes("node-1.cluster:65535", 1, 0)
-    assert joined == [("[::1]:1234", 2, 1), ("node-1.cluster:65535", 1, 0)]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("host:1", None, None), "give all three of --coordinator=HOST:PORT --num_processes=N"),
-        (("host:1", 2, None), "give all three"),
-        ((None, 2, 0), "give all three"),
-        ((None, None, 0), "give all three"),
-        (("host", 2, 0), "--coordinator=host is not HOST:PORT, as in 10.0.0.1:1234"),
-        (("host:http", 2, 0), "is not HOST:PORT"),
-        (("http://host:1", 2, 0), "is not HOST:PORT"),
-        ((":1234", 2, 0), "is not HOST:PORT"),
-        (("host:0", 2, 0), "is not HOST:PORT"),
-        (("host:65536", 2, 0), "is not HOST:PORT"),
-        (("host:1", 2, 2), "--process_id=2 must be from 0 to --num_processes - 1 = 1"),
-        (("host:1", 2, -1), "--process_id=-1 must be from 0"),
-    ],
-)
-def test_what_does_not_name_a_process(joined, arguments, message):
-    with pytest.raises(UserError) as caught:
-        start_processes(*arguments)
-    assert message in str(caught.value)
-    assert not joined
-
-
-def test_jax_finds_the_processes_when_asked_to(joined):
-    start_processes(distributed=True)
-    assert joined == [(None, None, None)]
-    with pytest.raises(UserError, match="give it or --coordinator"):
-        start_processes("host:1", 2, 0, distributed=True)
-
-
-def test_what_jax_cannot_join_is_one_line(joined, monkeypatch):
-    def fail(*_):
-        raise ValueError("coordinator_address\nshould be defined.")
-
-    monkeypatch.setattr(jax.distributed, "initialize", fail)
-    reason = r"\(ValueError: coordinator_address should be defined.\)"
-    with pytest.raises(UserError, match=f"can detect {reason}; use --coordinator=HOST:PORT"):
-        start_processes(distributed=True)
-    with pytest.raises(UserError, match=f"the coordinator host:1 {reason}; can all hosts reach"):
-        start_processes("host:1", 2, 0)
+from clip_jax.config import ConfigError
+from clip_jax.parallel import MESH_AXES, check_rows_of_processes, make_mesh
+from clip_jax.parallel.mesh import device_grid
 
 
 def test_the_mesh_covers_all_devices():
@@ -137,3 +30,75 @@ def test_a_shard_on_two_processes_is_refused():
     Devices.devices = Devices.devices.reshape(1, 1, 4)
     with pytest.raises(ConfigError, match=r"tensor axis of mesh \(1, 1, 4\) spans 2 processes"):
         check_rows_of_processes(Devices())
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """A stand-in for a GPU on a host, or for a device that does not tell its slice."""
+
+    id: int
+    slice_index: int | None = None
+    process_index: int = 0
+    platform: str = "gpu"
+    device_kind: str = "stand-in"
+
+
+def hosts(*sizes: int) -> list[Device]:
+    of_host = [host for host, size in enumerate(sizes) for _ in range(size)]
+    return [Device(i, host, host) for i, host in enumerate(of_host)]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "across_data", "across_fsdp"),
+    [
+        ((-1, 1, 1), 4, 1),
+        ((4, 2, 2), 4, 1),
+        ((2, 8, 1), 2, 2),  # data crosses as many as it can, fsdp the rest
+        ((1, 8, 2), 1, 4),
+    ],
+)
+def test_slices_are_crossed_by_data_then_by_fsdp_and_never_by_tensor(
+    mesh, across_data, across_fsdp
+):
+    config = small_config(mesh=mesh, global_batch_size=64)
+    grid = device_grid(config, hosts(4, 4, 4, 4))
+    assert sorted(device.id for device in grid.flat) == list(range(16))
+    slices = np.vectorize(lambda device: device.slice_index)(grid)
+    data, fsdp, _ = grid.shape
+    for d in range(data):
+        for f in range(fsdp):
+            expected = (d * across_data // data) * across_fsdp + f * across_fsdp // fsdp
+            assert set(slices[d, f]) == {expected}, "slices are the outer part of an axis"
+
+
+def test_devices_that_do_not_tell_are_split_as_configured():
+    devices = [Device(i, platform="cpu") for i in range(8)]
+    config = small_config(mesh=(2, 2, 2), num_slices=2)
+    grid = device_grid(config, devices)
+    assert [device.id for device in grid[0].flat] == [0, 1, 2, 3]
+    with pytest.raises(ConfigError, match="num_slices 3 does not divide the 8 devices"):
+        device_grid(dataclasses.replace(config, num_slices=3), devices)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "changes", "message"),
+    [
+        ((4, 4), {"num_slices": 4}, "config.num_slices is 4, but the devices are of 2 slices"),
+        ((6, 2), {}, r"slices of different sizes make no mesh: \{0: 6, 1: 2\} devices by slice"),
+        (
+            (4, 4),
+            {"mesh": (1, 1, 8)},
+            r"mesh \(1, 1, 8\) = \(1, 1, 8\) does not lie on 2 slices: .* tensor never",
+        ),
+    ],
+)
+def test_slices_that_fit_no_mesh_are_refused(sizes, changes, message):
+    heads = {"num_heads": 8, "width": 64}
+    model = small_config().model
+    model = dataclasses.replace(
+        model,
+        image=dataclasses.replace(model.image, **heads),
+        text=dataclasses.replace(model.text, **heads),
+    )
+    with pytest.raises(ConfigError, match=message):
+        device_grid(small_config(model=model, **changes), hosts(*sizes))

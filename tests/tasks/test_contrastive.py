@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small import mesh_of, small_batch, small_config, small_model
 
-from clip_jax.config import ConfigError, LossConfig
+from clip_jax.config import ConfigError, LossConfig, OptimizerConfig, StartConfig
 from clip_jax.config.schema import PackingConfig
 from clip_jax.data.packing import pack_captions
 from clip_jax.data.text_inputs import text_ids
@@ -272,3 +272,49 @@ def test_equal_captions_are_no_negatives():
         excluded, dense(params, batch, np.where(row % 2 == 1, 0, row)), rtol=1e-5
     )
     assert excluded < dense(params, batch, row) - 0.2  # 17 of 32 captions are the same one
+
+
+def gradients_and_bytes(config):
+    """Gradients of all parameters, and the bytes of temporaries of the program that makes them."""
+    task, batch = ContrastiveTask(config, mesh_of()), small_batch(config)
+    params, _ = jax.jit(task.init)(jax.random.key(0))
+
+    def loss(params, batch):
+        return task.loss(params, {}, batch, rng=jax.random.key(0), step=jnp.int32(0))[0]
+
+    compiled = jax.jit(jax.grad(loss)).lower(params, batch).compile()
+    return compiled(params, batch), compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_a_frozen_image_tower_keeps_no_activations():
+    """However it is named; it costs what a step without the tower's way back must."""
+    deep = dataclasses.replace(small_model().image, depth=6)
+    config = small_config(model=dataclasses.replace(small_model(), image=deep))
+    trained, all_bytes = gradients_and_bytes(config)
+    locked = dataclasses.replace(config, start=StartConfig(model="W", lock=("image",)))
+    frozen = dataclasses.replace(config, optimizer=OptimizerConfig(frozen=("image/.*",)))
+    found = [gradients_and_bytes(changed) for changed in (locked, frozen)]
+    for gradients, num_bytes in found:
+        assert not any(leaf.any() for leaf in jax.tree.leaves(gradients["image"]))
+        for name in ("text", "image_projection"):
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+                gradients[name],
+                trained[name],
+            )
+        assert num_bytes < all_bytes / 2
+    assert found[0][1] == found[1][1]
+
+
+def test_frozen_paths_are_left_alone_one_by_one():
+    frozen = ("text/token_embedding", "image/.*/mlp/.*")
+    config = small_config(optimizer=OptimizerConfig(frozen=frozen))
+    task = ContrastiveTask(config, mesh_of())
+    assert not task.trainable("text/token_embedding")
+    assert not task.trainable("image/blocks/mlp/up/kernel")
+    assert task.trainable("image/blocks/attention/qkv/kernel")
+    gradients, _ = gradients_and_bytes(config)
+    assert not gradients["text"]["token_embedding"].any()
+    assert not gradients["image"]["blocks"]["mlp"]["up"]["kernel"].any()
+    assert gradients["image"]["blocks"]["attention"]["qkv"]["kernel"].any()
+    assert gradients["text"]["blocks"]["mlp"]["up"]["kernel"].any()

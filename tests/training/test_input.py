@@ -14,6 +14,7 @@ from training.test_loop import facts
 from clip_jax.checkpoint import Workdir, drop_bad_samples_after
 from clip_jax.config import (
     CheckpointConfig,
+    ConfigError,
     DataConfig,
     ExperimentConfig,
     LoggingConfig,
@@ -27,11 +28,10 @@ from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.training.input import (
     TrainingInput,
     describe_sources,
-    keep_packing_rows,
-    measure_packing_rows,
     open_sources,
 )
 from clip_jax.training.loop import train
+from clip_jax.training.measured import count_epochs, keep_measured, measure_packing_rows
 
 NUM_TARS = 4
 
@@ -86,7 +86,7 @@ def opened(config, tokenizer, tmp_path, *, first_sample=0, saved=None):
         tokenizer,
         first_sample=first_sample,
         saved=saved or {},
-        bad_samples=tmp_path / "bad_samples.jsonl",
+        workdir=Workdir(tmp_path),
     )
     with contextlib.closing(batches):
         yield batches
@@ -183,16 +183,16 @@ def test_rows_of_packed_text_are_measured_once(config, tokenizer, tmp_path):
     assert 1 < measured.data.packing.rows <= 8
     assert measure_packing_rows(measured, {}, tokenizer) == measured
     workdir = Workdir(tmp_path)
-    assert keep_packing_rows(config, workdir) == config
+    assert keep_measured(config, workdir) == config
     given = with_data(config, packing=PackingConfig(group_size=8, rows=7))
     workdir.save_config(given)
-    assert keep_packing_rows(config, workdir) == given
-    assert keep_packing_rows(measured, workdir) == measured
+    assert keep_measured(config, workdir) == given
+    assert keep_measured(measured, workdir) == measured
     other_groups = with_data(config, packing=PackingConfig(group_size=16))
-    assert keep_packing_rows(other_groups, workdir) == other_groups
+    assert keep_measured(other_groups, workdir) == other_groups
     other_captions = dataclasses.replace(config.data.sources["pairs"], caption_keys=("alt",))
     config = with_data(config, sources={"pairs": other_captions})
-    assert keep_packing_rows(config, workdir) == config
+    assert keep_measured(config, workdir) == config
     config = with_data(given, packing=PackingConfig(group_size=8))
     with pytest.raises(UserError, match=r"rows must be given where sources stream"):
         measure_packing_rows(streaming(config), {}, tokenizer)
@@ -218,3 +218,45 @@ def test_a_run_on_streams_with_packed_text(config, tmp_path):
     places = [json.loads(line)["position"] for line in bad.splitlines()]
     resumed = workdir.bad_samples().read_text().splitlines()
     assert [json.loads(line)["position"] for line in resumed] == places
+
+
+def test_epochs_are_counted_once(config, tmp_path):
+    """2.5 epochs of 100 samples in batches of 32; the count is kept with the run."""
+    asked = dataclasses.replace(
+        config,
+        num_epochs=2.5,
+        schedule=dataclasses.replace(config.schedule, warmup_epochs=1.0),
+    )
+    sources = open_sources(asked, tmp_path)
+    counted = count_epochs(asked, sources)
+    assert (counted.epoch_samples, counted.num_steps, counted.schedule.warmup_steps) == (100, 7, 3)
+    workdir = Workdir(tmp_path)
+    workdir.save_config(counted)
+    assert keep_measured(asked, workdir) == counted
+    assert count_epochs(counted, {}) == counted
+    with pytest.raises(ConfigError, match=r"epoch_samples must be given .* stream"):
+        count_epochs(streaming(asked), {})
+
+
+def test_quarantined_places_are_passed_over(config, tokenizer, tmp_path):
+    """The second batch is left out: what comes second was third; places say so."""
+    sources = open_sources(config, tmp_path)
+
+    def batches(**options):
+        return contextlib.closing(
+            TrainingInput(
+                config, sources, tokenizer, saved={}, workdir=Workdir(tmp_path), **options
+            )
+        )
+
+    with batches(first_sample=0) as all_of_them:
+        expected = [next(all_of_them) for _ in range(3)]
+        assert all_of_them.places(32, 64) == (32, 64)
+    with batches(first_sample=0, quarantine=((32, 64),)) as fewer:
+        given = [next(fewer) for _ in range(2)]
+        assert fewer.places(0, 32) == (0, 32)
+        assert fewer.places(32, 64) == (64, 96)
+        assert fewer.place == 96
+    for ours, theirs in zip(given, (expected[0], expected[2]), strict=True):
+        np.testing.assert_array_equal(ours["tokens"], theirs["tokens"])
+        np.testing.assert_array_equal(ours["image"], theirs["image"])

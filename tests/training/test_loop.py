@@ -12,9 +12,15 @@ import time
 import numpy as np
 import pytest
 from data.tars import pairs, write_tar
-from small import small_config
+from small import mesh_of, small_config
 
-from clip_jax.checkpoint import CheckpointStore, Workdir, read_metrics
+from clip_jax.checkpoint import (
+    CheckpointStore,
+    Workdir,
+    leaves_by_path,
+    read_metrics,
+    read_quarantine,
+)
 from clip_jax.config import (
     CheckpointConfig,
     ConfigError,
@@ -23,14 +29,26 @@ from clip_jax.config import (
     EvaluationConfig,
     ExperimentConfig,
     LoggingConfig,
+    OptimizerConfig,
+    ScheduleConfig,
     SourceConfig,
+    StabilityConfig,
+    StartConfig,
     TokenizerConfig,
     UserError,
 )
+from clip_jax.tasks import ContrastiveTask
 from clip_jax.training.evaluate_run import evaluate_run
 from clip_jax.training.loop import train
+from clip_jax.training.optimizer import make_optimizer
+from clip_jax.training.start import starting_arrays
+from clip_jax.training.state import abstract_state
 
-CLOCK_FIELDS = {"samples_per_second", "steps_per_second", "data_wait", "train_seconds"}
+# What a clock or the machine says.
+MEASURED = (
+    *("samples_per_second", "steps_per_second", "data_wait", "train_seconds", "compile_seconds"),
+    *("productive_seconds", "goodput", "restarts", "unix_time", "time/", "memory/", "mfu"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +60,8 @@ def config(tmp_path_factory) -> ExperimentConfig:
     return dataclasses.replace(
         small,
         num_steps=10,
+        optimizer=OptimizerConfig(ema_decay=0.5),
+        schedule=ScheduleConfig(name="wsd", warmup_steps=2),
         model=dataclasses.replace(small.model, text=text),
         data=DataConfig(
             tokenizer=TokenizerConfig(kind="bpe"),
@@ -74,13 +94,9 @@ def saved_steps(workdir: Workdir) -> list[int]:
 def facts(workdir: Workdir) -> list[dict]:
     """The metrics without what a clock says."""
     return [
-        {k: v for k, v in line.items() if k not in CLOCK_FIELDS and not _timed(k)}
+        {k: v for k, v in line.items() if not k.startswith(MEASURED) and not k.endswith("_ms")}
         for line in read_metrics(workdir.metrics)
     ]
-
-
-def _timed(key: str) -> bool:
-    return key.endswith("_ms") or key.startswith("data_wait/")
 
 
 def test_a_run_leaves_what_the_design_says(whole_run, config):
@@ -89,6 +105,7 @@ def test_a_run_leaves_what_the_design_says(whole_run, config):
         "metrics.jsonl",
         "tensorboard",
         "checkpoints",
+        "sessions.jsonl",
         "tokenizer.json",
         "report.html",
         ".lock",
@@ -172,6 +189,101 @@ def test_resume_on_other_devices_and_workers_is_allowed(whole_run, config, tmp_p
     expected = facts(whole_run)
     for line, other_line in zip(facts(workdir)[:10], expected[:10], strict=True):
         np.testing.assert_allclose(line["loss"], other_line["loss"], rtol=1e-5)
+
+
+def spiky(config: ExperimentConfig, *, max_rewinds: int) -> ExperimentConfig:
+    """A run that goes back wherever a loss is above the median of eight at all."""
+    return dataclasses.replace(
+        config,
+        num_steps=16,
+        stability=StabilityConfig(spike_zscore=1e-6, spike_window=8, max_rewinds=max_rewinds),
+        checkpoint=CheckpointConfig(every_steps=3),
+        evaluation=EvaluationConfig(),
+    )
+
+
+def test_a_spike_sends_a_run_back_without_its_samples(config, tmp_path, capsys):
+    workdir, other = Workdir(tmp_path / "run"), spiky(config, max_rewinds=50)
+    with pytest.raises(UserError, match=r"as often as config\.stability\.max_rewinds 0 allows"):
+        train(spiky(config, max_rewinds=0), workdir)
+    assert read_quarantine(workdir) == []
+    capsys.readouterr()
+    assert train(other, workdir).finished
+    entries = read_quarantine(workdir)
+    assert entries
+    said = capsys.readouterr().err
+    for entry in entries:
+        assert entry["to"] - entry["from"] == 32
+        assert entry["step"] > 8  # the window was full
+        assert f"at step {entry['step']} is" in said
+        saved = 3 * ((entry["step"] - 1) // 3)  # the spike itself is never saved
+        assert f"resuming {workdir.path} at step {saved}" in said
+    # The samples are left out for good: as by a run that never met them.
+    ranges = tuple((entry["from"], entry["to"]) for entry in entries)
+    calm = dataclasses.replace(
+        other,
+        stability=StabilityConfig(),
+        data=dataclasses.replace(config.data, skipped_ranges=ranges),
+    )
+    never_met = Workdir(tmp_path / "never-met")
+    train(calm, never_met)
+    assert facts(workdir) == facts(never_met)
+
+
+def test_skipped_updates_in_a_row_end_a_run_with_one_line(config, tmp_path):
+    broken = dataclasses.replace(
+        config,
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=1e30),
+        stability=StabilityConfig(max_skipped_steps=3),
+        evaluation=EvaluationConfig(),
+    )
+    workdir = Workdir(tmp_path / "run")
+    with pytest.raises(UserError, match=r"the last 3 updates up to step \d+ .* were left out"):
+        train(broken, workdir)
+    assert read_metrics(workdir.metrics)[-1]["skipped_steps"] == 3
+
+
+def test_a_cooldown_branches_off_any_checkpoint(whole_run, config, tmp_path):
+    """Of 'wsd': until the cooldown the rate knows nothing of the run's length."""
+    cooldown = dataclasses.replace(
+        config,
+        num_steps=8,
+        schedule=dataclasses.replace(config.schedule, cooldown_steps=3),
+        evaluation=EvaluationConfig(),
+    )
+    branch, whole = Workdir(tmp_path / "branch"), Workdir(tmp_path / "whole")
+    train(
+        dataclasses.replace(cooldown, start=StartConfig(branch=str(whole_run.path), step=5)), branch
+    )
+    train(cooldown, whole)
+    ours, theirs = facts(branch), [line for line in facts(whole) if line["step"] > 5]
+    assert [line["step"] for line in ours] == [6, 7, 8]
+    for line, expected in zip(ours, theirs, strict=True):
+        # The programs of both trunks differ, and with them the last bits.
+        assert line == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert ours[-1]["learning_rate"] < ours[0]["learning_rate"] == pytest.approx(5e-4)
+    late = dataclasses.replace(cooldown, start=StartConfig(branch=str(whole_run.path), step=10))
+    with pytest.raises(UserError, match="is at step 10 already"):
+        train(late, Workdir(tmp_path / "late"))
+
+
+def test_the_moving_average_is_scored_and_started_from(whole_run, config):
+    ema = dataclasses.replace(config.evaluation, use_ema=True)
+    scores, _ = evaluate_run(config, whole_run, step=5)
+    averaged, report = evaluate_run(dataclasses.replace(config, evaluation=ema), whole_run, step=5)
+    report.unlink()
+    assert averaged != scores
+    start = dataclasses.replace(config, start=StartConfig(model=str(whole_run.path), step=5))
+    mesh = mesh_of(8)
+    task = ContrastiveTask(config, mesh)
+    abstract = abstract_state(task, make_optimizer(config), mesh, ema=True)
+    with contextlib.closing(CheckpointStore(whole_run.checkpoints)) as store:
+        saved = store.load(("params", "ema"), 5)
+    for group, use_ema in (("params", False), ("ema", True)):
+        asked = dataclasses.replace(start.start, use_ema=use_ema)
+        arrays = starting_arrays(dataclasses.replace(config, start=asked), abstract)
+        for path, array in leaves_by_path(saved[group]).items():
+            np.testing.assert_array_equal(arrays[path], array)
 
 
 def test_a_finished_run_says_so_and_scores_again_from_disk(whole_run, config, capsys):

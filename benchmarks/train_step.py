@@ -1,0 +1,352 @@
+"""Samples a second of a whole training step: ours and open_clip's, on one machine in one run.
+
+    python benchmarks/train_step.py                    # CPU: ViT-B/32 and a B/16 of fewer layers
+    python benchmarks/train_step.py --models ViT-B-32 ViT-B-16 ViT-L-14 --steps 50   # a GPU
+    python benchmarks/train_step.py --try              # every path at toy sizes, in two minutes
+
+A step is both towers, the exact loss over the batch, gradients and AdamW; the batch lies on the
+device beforehand, the same for all: images, and captions whose lengths are drawn as those of
+DataComp-1B (caption_lengths.py). The contenders take turns,
+--repeats times --steps each, and the median turn counts. Ours runs with a caption to a row, as
+open_clip does, and with packed text, which computes the same embeddings; open_clip runs eagerly
+and, where it works, under torch.compile. FLOPs are analytic, those of padded text for all, so that
+MFU compares times alone; the ceiling is a chain of large matrix products in the same run.
+Writes benchmarks/results/train_step_<device>.json.
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(1, str(Path(__file__).parents[1] / "tests"))  # peers.py
+
+import jax
+import numpy as np
+from caption_lengths import WEB_WORDS, web_lengths
+from environment import environment
+
+from clip_jax.config import (
+    DataConfig,
+    EvaluationConfig,
+    ExperimentConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PackingConfig,
+    ScheduleConfig,
+    SourceConfig,
+    preset,
+)
+from clip_jax.data.packing import choose_rows, pack_captions
+from clip_jax.data.text_inputs import text_ids
+from clip_jax.models import forward_flops
+from clip_jax.parallel import make_mesh, to_global_batch
+from clip_jax.parallel.chips import chip_of
+from clip_jax.tasks import ContrastiveTask
+from clip_jax.training.optimizer import make_optimizer, make_schedule
+from clip_jax.training.state import abstract_state, init_state
+from clip_jax.training.step import make_train_step
+from clip_jax.training.throughput import measure_peak
+
+RESULTS = Path(__file__).parent / "results"
+GROUP_SIZE = 64
+LEARNING_RATE, BETAS, EPSILON, WEIGHT_DECAY = 1e-4, (0.9, 0.98), 1e-6, 0.2
+# Images in a batch of one device, where no --batch is given.
+GPU_BATCH = {"ViT-B-32": 4096, "ViT-B-16": 1024, "ViT-L-14": 256}
+CPU_BATCH = {"ViT-B-32": 32, "ViT-B-16": 8}
+
+Contender = Callable[[], Any]  # one step, sent off
+Wait = Callable[[Any], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    name: str
+    model: ModelConfig
+    batch: int
+    precision: str
+    layers: tuple[int, int] | None  # of the image and text tower, where not the preset's
+
+
+# ---- The batch -------------------------------------------------------------------------------
+
+
+def make_captions(model: ModelConfig, num: int) -> list[np.ndarray]:
+    """Token rows without padding: start, random words, end of text."""
+    rng = np.random.default_rng(0)
+    text = model.text
+    lengths = np.minimum(web_lengths(WEB_WORDS["DataComp-1B"])(num, 0), text.context_length)
+    words = (rng.integers(1, text.eot_id - 1, length - 2) for length in lengths)
+    return [np.array([text.eot_id - 1, *row, text.eot_id], np.int32) for row in words]
+
+
+def padded(captions: list[np.ndarray], length: int) -> np.ndarray:
+    tokens = np.zeros((len(captions), length), np.int32)
+    for row, caption in zip(tokens, captions, strict=True):
+        row[: len(caption)] = caption
+    return tokens
+
+
+# ---- Ours ------------------------------------------------------------------------------------
+
+
+def ours(case: Case, *, packed: bool) -> tuple[Contender, Wait, dict[str, Any]]:
+    """The step that `clip-jax train` runs, on a batch that lies on the device."""
+    length = case.model.text.context_length
+    captions = make_captions(case.model, case.batch)
+    rng = np.random.default_rng(1)
+    size = case.model.image.image_size
+    batch = {"image": rng.integers(0, 256, (case.batch, size, size, 3), np.uint8)}
+    packing = PackingConfig()
+    if packed:
+        group = min(GROUP_SIZE, case.batch)
+        measured = np.array([len(caption) for caption in make_captions(case.model, 2**14)])
+        rows = choose_rows(measured, group, length)
+        packing = PackingConfig(group_size=group, rows=rows)
+        text = pack_captions(captions, group_size=group, rows=rows, row_length=length, pad_id=0)
+        assert text.num_cut == 0, "a caption was cut: the texts would not be the same"
+        batch |= {"tokens": text.tokens, "segments": text.segments, "eot": text.eot}
+        batch["text_id"] = text_ids(captions)
+    else:
+        batch["tokens"] = padded(captions, length)
+    config = ExperimentConfig(
+        model=case.model,
+        global_batch_size=case.batch,
+        precision=case.precision,
+        num_steps=10**6,
+        data=DataConfig(sources={"none": SourceConfig(path="none")}, packing=packing),
+        optimizer=OptimizerConfig(
+            learning_rate=LEARNING_RATE,
+            b1=BETAS[0],
+            b2=BETAS[1],
+            epsilon=EPSILON,
+            weight_decay=WEIGHT_DECAY,
+            clip_global_norm=None,
+        ),
+        schedule=ScheduleConfig(name="constant", warmup_steps=0),
+        evaluation=EvaluationConfig(batch_size=case.batch),
+    )
+    mesh = make_mesh(config)
+    task = ContrastiveTask(config, mesh)
+    optimizer = make_optimizer(config, task.trainable)
+    abstract = abstract_state(task, optimizer, mesh)
+    state = init_state(task, optimizer, abstract, seed=0)
+    step = make_train_step(task, optimizer, make_schedule(config), abstract, mesh, seed=0)
+    on_device = to_global_batch(batch, mesh)
+    compiled = step.lower(state, on_device).compile()
+    memory = compiled.memory_analysis()
+
+    def run() -> Any:
+        nonlocal state
+        state, metrics = compiled(state, on_device)
+        return metrics["loss"]
+
+    figures = {"temporary_bytes": memory.temp_size_in_bytes}
+    if packed:
+        figures["rows_over_captions"] = packing.rows / packing.group_size
+    return run, lambda loss: loss.block_until_ready(), figures
+
+
+# ---- open_clip -------------------------------------------------------------------------------
+
+
+def theirs(case: Case, *, compiled: bool) -> tuple[Contender, Wait, dict[str, Any]]:
+    """open_clip's model, loss and optimizer groups, as its own training loop runs them."""
+    import torch
+    from peers import open_clip_or_skip
+
+    threads = torch.get_num_threads()
+    open_clip = open_clip_or_skip()
+    torch.set_num_threads(max(threads, _cores()))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = open_clip.get_model_config(case.name)
+    if case.layers is not None:
+        settings["vision_cfg"]["layers"], settings["text_cfg"]["layers"] = case.layers
+    model = open_clip.model.CLIP(**settings).to(device)
+    rows = make_captions(case.model, case.batch)
+    tokens = torch.from_numpy(padded(rows, case.model.text.context_length)).long().to(device)
+    size = case.model.image.image_size
+    pixels = np.random.default_rng(1).integers(0, 256, (case.batch, size, size, 3), np.uint8)
+    mean, std = (np.array(x, np.float32) for x in (case.model.image.mean, case.model.image.std))
+    normal = (pixels.astype(np.float32) / 255 - mean) / std
+    image = torch.from_numpy(normal.transpose(0, 3, 1, 2).copy()).to(device)
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": others, "weight_decay": 0.0}, {"params": decayed}],
+        lr=LEARNING_RATE,
+        betas=BETAS,
+        eps=EPSILON,
+        weight_decay=WEIGHT_DECAY,
+    )
+    loss_of = open_clip.ClipLoss()
+    forward = torch.compile(model) if compiled else model
+    low = case.precision == "bfloat16"
+
+    def run() -> Any:
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=low):
+            image_features, text_features, scale = forward(image, tokens)
+            loss = loss_of(image_features, text_features, scale)
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, np.log(100))
+        return loss
+
+    def wait(loss: Any) -> None:
+        loss.item()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return run, wait, {"device": device.type, "threads": torch.get_num_threads()}
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0))
+
+
+# ---- Taking turns ----------------------------------------------------------------------------
+
+CONTENDERS: dict[str, Callable[[Case], tuple[Contender, Wait, dict[str, Any]]]] = {
+    "ours, padded": lambda case: ours(case, packed=False),
+    "ours, packed": lambda case: ours(case, packed=True),
+    "open_clip, eager": lambda case: theirs(case, compiled=False),
+    "open_clip, compiled": lambda case: theirs(case, compiled=True),
+}
+
+
+def measure(case: Case, names: list[str], steps: int, repeats: int) -> dict[str, Any]:
+    """Figures of each contender; one that does not run says why."""
+    on_cpu = jax.default_backend() == "cpu"
+    rows: dict[str, Any] = {}
+    running: dict[str, tuple[Contender, Wait]] = {}
+
+    def begin(name: str) -> bool:
+        start = time.perf_counter()
+        try:
+            run, wait, figures = CONTENDERS[name](case)
+            first = run()
+            wait(first)
+            wait(run())
+        except Exception as error:  # a peer that does not run here: its reason is the result
+            if name.startswith("ours"):
+                raise
+            rows[name] = {"failed": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+            return False
+        rows[name] = {**figures, "start_seconds": round(time.perf_counter() - start, 1)}
+        rows[name] |= {"first_loss": first.item(), "seconds": []}
+        running[name] = run, wait
+        return True
+
+    def turn(name: str) -> None:
+        run, wait = running[name]
+        start = time.perf_counter()
+        for _ in range(steps):
+            result = run()
+        wait(result)
+        rows[name]["seconds"].append((time.perf_counter() - start) / steps)
+
+    if on_cpu:  # they fit into memory together, and take turns
+        for name in names:
+            begin(name)
+        for _ in range(repeats):
+            for name in running:
+                turn(name)
+    else:  # JAX keeps the memory it has: one after the other, and the first ones once more
+        for name in [*names, *names[:1]]:
+            if begin(name):
+                for _ in range(repeats):
+                    turn(name)
+                running.clear()
+                gc.collect()
+    flops = 3 * sum(forward_flops(case.model))
+    ceiling = measure_peak(case.precision) * 1e12
+    chip = chip_of(jax.local_devices()[0])
+    for row in rows.values():
+        if "failed" in row:
+            continue
+        row["samples_per_second"] = case.batch / statistics.median(row["seconds"])
+        row["of_ceiling"] = row["samples_per_second"] * flops / ceiling
+        if chip is not None:
+            peak = chip.peak_tflops[case.precision] * 1e12
+            row["mfu"] = row["samples_per_second"] * flops / peak
+    peer = rows.get("open_clip, eager", {}).get("samples_per_second")
+    for row in rows.values():
+        if peer and "samples_per_second" in row:
+            row["ratio_to_eager"] = row["samples_per_second"] / peer
+    return {
+        "batch": case.batch,
+        "precision": case.precision,
+        "layers": case.layers,
+        "gflops_per_sample": flops / 1e9,
+        "ceiling_tflops": ceiling / 1e12,
+        "contenders": rows,
+        "peak_host_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "device_memory": jax.local_devices()[0].memory_stats(),
+    }
+
+
+def make_case(name: str, batch: int | None, precision: str, layers: tuple[int, int] | None) -> Case:
+    model = preset(name)
+    if layers is not None:
+        image = dataclasses.replace(model.image, depth=layers[0])
+        model = dataclasses.replace(
+            model, image=image, text=dataclasses.replace(model.text, depth=layers[1])
+        )
+    sizes = CPU_BATCH if jax.default_backend() == "cpu" else GPU_BATCH
+    return Case(name, model, batch or sizes[name], precision, layers)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=list(GPU_BATCH))
+    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS))
+    parser.add_argument("--batch", type=int, help="for all models")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"))
+    parser.add_argument("--steps", type=int, help="of a turn")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--try", dest="toy", action="store_true", help="two layers, small batches")
+    arguments = parser.parse_args()
+    on_cpu = jax.default_backend() == "cpu"
+    models = arguments.models or (list(CPU_BATCH) if on_cpu else list(GPU_BATCH))
+    precision = arguments.precision or ("float32" if on_cpu else "bfloat16")
+    steps = arguments.steps or (1 if arguments.toy else 3 if on_cpu else 50)
+    names = arguments.contenders or list(CONTENDERS)
+    result: dict[str, Any] = {"environment": environment(), "models": {}}
+    for name in models:
+        layers = (1, 1) if arguments.toy else (4, 4) if on_cpu and name != "ViT-B-32" else None
+        case = make_case(name, 8 if arguments.toy else arguments.batch, precision, layers)
+        result["models"][name] = found = measure(case, names, steps, arguments.repeats)
+        print(
+            f"{name}, batch {case.batch}, {precision}: {found['gflops_per_sample']:.1f} GFLOPs a "
+            f"sample, ceiling {found['ceiling_tflops']:.2f} TFLOP/s"
+        )
+        for contender, row in found["contenders"].items():
+            if "failed" in row:
+                print(f"  {contender:22} {row['failed']}")
+                continue
+            ratio = f"{row['ratio_to_eager']:6.2f}x eager" if "ratio_to_eager" in row else ""
+            print(
+                f"  {contender:22} {row['samples_per_second']:10.2f} samples/s {ratio}  "
+                f"{row['of_ceiling']:.1%} of the ceiling  first loss {row['first_loss']:.4f}"
+            )
+    kind = jax.devices()[0].device_kind.replace(" ", "_").lower()
+    suffix = "_try" if arguments.toy else ""
+    path = RESULTS / f"train_step_{kind}{suffix}.json"
+    if not arguments.toy:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
