@@ -7,16 +7,19 @@ from clip_jax.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 TowerConfig = ImageTowerConfig | TextTowerConfig
 
 
-def forward_flops(model: ModelConfig, *, rows_per_text: float = 1.0) -> tuple[int, int]:
+def forward_flops(
+    model: ModelConfig, *, rows_per_text: float = 1.0, training: bool = False
+) -> tuple[int, int]:
     """FLOPs of one image and of one text through tower and projection (2 per multiply-add).
 
-    At evaluation: without patch dropout. A naflex image is a full sequence of patches, padding
-    and all, and a text `rows_per_text` rows of `context_length` tokens: what is computed, whatever
-    is padding.
+    training: with patch dropout. A naflex image is a full sequence of patches, padding and all, and
+    a text `rows_per_text` rows of `context_length` tokens: what is computed, whatever is padding.
     """
     image, text = model.image, model.text
     image_flops = (
-        _resnet(image, model.embed_dim) if image.kind == "resnet" else _image_transformer(image)
+        _resnet(image, model.embed_dim)
+        if image.kind == "resnet"
+        else _image_transformer(image, image.patch_dropout if training else 0.0)
     )
     image_width = model.embed_dim if image.kind == "resnet" else image.width
     image_flops += _projection(model.image_projection, image_width, model.embed_dim)
@@ -33,7 +36,7 @@ def _projection(kind: str, width: int, embed_dim: int) -> int:
     return 2 * width * embed_dim
 
 
-def _image_transformer(image: ImageTowerConfig) -> int:
+def _image_transformer(image: ImageTowerConfig, patch_dropout: float) -> int:
     grid_size = (image.image_size // image.patch_size) ** 2
     if image.kind == "naflex":
         num_patches = image.max_num_patches
@@ -41,7 +44,9 @@ def _image_transformer(image: ImageTowerConfig) -> int:
     else:
         num_patches, flops = grid_size, 0
     num_prefix = image.num_registers + (image.kind == "vit" and image.class_token)
-    flops += _stem(image, num_patches) + _blocks(image, num_patches + num_prefix)
+    flops += _stem(image, num_patches)
+    num_patches = max(1, int(num_patches * (1 - patch_dropout)))
+    flops += _blocks(image, num_patches + num_prefix)
     if image.pooling == "attention":
         flops += _attention_pooling(image, num_patches)
     return flops

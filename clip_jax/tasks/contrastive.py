@@ -45,11 +45,9 @@ class ContrastiveTask:
         self._graphdef, *self._states = nnx.split(abstract, nnx.Param, nnx.BatchStat)
         image = config.model.image
         # A locked tower runs as in evaluation: all patches, and batch statistics as they are.
-        self._image_trains = any(
-            self.trainable(_name(path))
-            for path, _ in jax.tree_util.tree_leaves_with_path(_arrays(abstract, nnx.Param))
-            if _name(path).startswith("image/")
-        )
+        paths = jax.tree_util.tree_leaves_with_path(_arrays(abstract, nnx.Param))
+        trained = {_name(path).split("/")[0] for path, _ in paths if self.trainable(_name(path))}
+        self._image_trains, self._text_trains = "image" in trained, "text" in trained
         self._image_needs_keys = self._image_trains and (
             image.patch_dropout > 0 or image.kind == "resnet"
         )
@@ -236,10 +234,16 @@ class ContrastiveTask:
         return embeddings
 
     def flops(self) -> int:
-        """Three forward passes per sample: one forward, two backward. The loss is left out."""
+        """Three forward passes per sample: one forward, two backward. The loss is left out.
+
+        A tower that is frozen whole has the forward pass alone.
+        """
         packing = self.config.data.packing
         rows_per_text = _rows(packing) / packing.group_size if packing.group_size else 1.0
-        return 3 * sum(forward_flops(self.config.model, rows_per_text=rows_per_text))
+        image, text = forward_flops(
+            self.config.model, rows_per_text=rows_per_text, training=self._image_trains
+        )
+        return (3 if self._image_trains else 1) * image + (3 if self._text_trains else 1) * text
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -178,6 +178,20 @@ def test_flops_of_text_are_those_of_its_rows():
     assert packed == padded - 3 * text // 4
 
 
+def test_flops_of_what_is_left_out_and_of_what_is_frozen():
+    config = small_config()
+    image, text = forward_flops(config.model)
+    assert ContrastiveTask(config, mesh_of()).flops() == 3 * (image + text)
+    locked = dataclasses.replace(config, start=StartConfig(lock=("image",)))
+    assert ContrastiveTask(locked, mesh_of()).flops() == image + 3 * text
+    half = dataclasses.replace(config.model.image, patch_dropout=0.5)  # 2 of 4 patches
+    dropped = dataclasses.replace(config, model=dataclasses.replace(config.model, image=half))
+    smaller, _ = forward_flops(dropped.model, training=True)
+    assert ContrastiveTask(dropped, mesh_of()).flops() == 3 * (smaller + text)
+    # Of the blocks 3 of 5 tokens are left, class token included.
+    assert 0.5 < smaller / image < 0.7
+
+
 def test_flops_are_what_xla_counts():
     """Matrix products only, so XLA's own count may be a little above; layers unrolled to count."""
     from clip_jax.models import Execution
