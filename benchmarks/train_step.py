@@ -60,7 +60,7 @@ RESULTS = Path(__file__).parent / "results"
 GROUP_SIZE = 64
 LEARNING_RATE, BETAS, EPSILON, WEIGHT_DECAY = 1e-4, (0.9, 0.98), 1e-6, 0.2
 # Images in a batch of one device, where no --batch is given.
-GPU_BATCH = {"ViT-B-32": 4096, "ViT-B-16": 1024, "ViT-L-14": 256}
+GPU_BATCH = {"ViT-B-32": 2048, "ViT-B-16": 512, "ViT-L-14": 192}
 CPU_BATCH = {"ViT-B-32": 32, "ViT-B-16": 8}
 
 Contender = Callable[[], Any]  # one step, sent off
