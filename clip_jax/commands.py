@@ -52,6 +52,8 @@ def evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     workdir = Workdir(arguments.workdir)
     saved = workdir.load_config()
+    if arguments.ema and saved.optimizer.ema_decay is None:
+        raise UserError(f"{workdir.path} keeps no moving average of its weights: leave out --ema")
     if arguments.ema:
         overrides = [*overrides, "--config.evaluation.use_ema=True"]
     config = load_config(overrides, saved=saved, trains=False)

@@ -132,5 +132,5 @@ class Shelf:
         return [*file_problems(path, record), *ArrayReader(path, record).problems()]
 
     def newest_whole(self) -> int | None:
-        """By `quick_problem`."""
-        return next((step for step in reversed(self.steps()) if not self.quick_problem(step)), None)
+        """By `verify`: all of its files are read."""
+        return next((step for step in reversed(self.steps()) if not self.verify(step)), None)

@@ -353,7 +353,11 @@ def _is_skipped(group: Any) -> bool:
 
 def _misfit(stored: dict[str, SavedArray], wanted: dict[str, Any]) -> str | None:
     """The first array of `wanted` that `stored` lacks, has in another shape, or has too many."""
-    for name, leaf in wanted.items():
+    # Parameters first: what an optimizer keeps of them says less to a reader.
+    for name in sorted(wanted, key=lambda name: not name.startswith("params/")):
+        leaf = wanted[name]
+        if name not in stored and name.startswith("ema/"):
+            return "it keeps no moving average of the weights (config.optimizer.ema_decay)"
         if name not in stored:
             return f"it has no {name}"
         if stored[name].shape != tuple(leaf.shape):

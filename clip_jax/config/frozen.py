@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 
 from clip_jax.config.errors import ConfigError
-from clip_jax.config.schema import ExperimentConfig
+from clip_jax.config.schema import ExperimentConfig, OptimizerConfig
 
 
 def is_frozen(config: ExperimentConfig, path: str) -> bool:
@@ -19,13 +19,24 @@ def is_frozen(config: ExperimentConfig, path: str) -> bool:
 
 
 def check_frozen(config: ExperimentConfig, paths: Iterable[str]) -> None:
-    """Raises ConfigError where a pattern matches none of the parameters' `paths`, or all do."""
+    """Raises ConfigError where a pattern of `optimizer` is of none of the parameters' `paths`.
+
+    Also where those of `frozen` leave nothing to train.
+    """
     paths = tuple(paths)
     for pattern in config.optimizer.frozen:
         if not any(re.fullmatch(pattern, path) for path in paths):
             raise ConfigError(
                 f"config.optimizer.frozen {pattern!r} matches none of the {len(paths)} parameters; "
                 f"it must match a whole path, as {paths[0]!r} or 'image/.*'"
+            )
+    for pattern in config.optimizer.no_decay:
+        if pattern in OptimizerConfig().no_decay:
+            continue  # of all models there are
+        if not any(re.search(f"(?:{pattern})$", path) for path in paths):
+            raise ConfigError(
+                f"config.optimizer.no_decay {pattern!r} is the end of none of the {len(paths)} "
+                f"parameters, as 'bias' is; one of them is {paths[0]!r}"
             )
     if all(is_frozen(config, path) for path in paths):
         raise ConfigError(

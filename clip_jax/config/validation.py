@@ -216,6 +216,11 @@ def _check_start(config: ExperimentConfig) -> None:
             f"config.start.branch {start.branch} brings all weights: leave out "
             f"config.start.{parts[0]}"
         )
+    if start.step is not None and start.branch is None and not parts:
+        raise ConfigError(
+            f"config.start.step {start.step} is of a checkpoint to start from: name that with "
+            "config.start.model, image, text or branch"
+        )
     if start.branch is not None and start.use_ema:
         raise ConfigError(
             "config.start.use_ema is of start.model, image and text: start.branch goes on with the "

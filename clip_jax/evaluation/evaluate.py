@@ -18,7 +18,7 @@ from clip_jax.data.source_captions import captions
 from clip_jax.data.sources import open_source
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.evaluation.embedding import Embedder
-from clip_jax.evaluation.retrieval import ranks, recalls
+from clip_jax.evaluation.retrieval import RECALLS_AT, ranks, recalls
 from clip_jax.evaluation.zero_shot import class_embeddings, expected_top1
 from clip_jax.tasks import Task
 
@@ -64,6 +64,16 @@ class Evaluator:
     def __call__(self, params: Any, model_state: Any) -> dict[str, SetResult]:
         """Results by set, in the order of the config."""
         return {name: self._evaluate_set(name, params, model_state) for name in self._sources}
+
+    def metric_names(self) -> list[str]:
+        """Of the scores that `metrics_line` will have, chances left out."""
+        names = []
+        for name, texts in self._captions.items():
+            for direction in ("text_to_image", "image_to_text"):
+                names += [f"eval/{name}/{direction}_R@{k}" for k in RECALLS_AT]
+            if wanted := self._config.evaluation.sets[name].zero_shot_ways:
+                names.append(f"eval/{name}/zero_shot_{min(wanted, len(texts))}way_top1")
+        return names
 
     def _evaluate_set(self, name: str, params: Any, model_state: Any) -> SetResult:
         config, source = self._config, self._sources[name]

@@ -9,6 +9,8 @@ import numpy as np
 
 _BLOCK_BYTES = 64 << 20  # of one [b, K] float32 block of similarities
 
+RECALLS_AT = (1, 5, 10)
+
 
 def similarity_blocks(query_QE: np.ndarray, key_KE: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """(first query, similarities [b, K]) over all queries."""
@@ -31,7 +33,7 @@ def ranks(query_QE: np.ndarray, key_KE: np.ndarray, positive_Q: np.ndarray) -> n
     return result_Q
 
 
-def recalls(ranks_Q: np.ndarray, num_keys: int, at: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+def recalls(ranks_Q: np.ndarray, num_keys: int, at: Sequence[int] = RECALLS_AT) -> dict[str, float]:
     """`R@k` for each k: the share of queries whose right key is among the k best; and chance."""
     scores = {}
     for k in at:

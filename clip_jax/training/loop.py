@@ -28,12 +28,13 @@ from clip_jax.training.measured import count_epochs, keep_measured, measure_pack
 from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.origin import find_origin
 from clip_jax.training.profiling import Profiler
+from clip_jax.training.quarantine import listed, put_in
 from clip_jax.training.recompiles import CompileWatch, watch_compiles
 from clip_jax.training.resume import check_workdir, describe_changes
-from clip_jax.training.run import Run, all_scores, note_best, scores_at
+from clip_jax.training.run import Run, all_scores, check_best, note_best, scores_at
 from clip_jax.training.saving import SaveTimes
 from clip_jax.training.schedule import make_schedule
-from clip_jax.training.signals import how_to_resume, interrupts, should_stop
+from clip_jax.training.signals import Interrupts, how_to_resume, interrupts, should_stop
 from clip_jax.training.stability import LossSpikeError, SpikeDetector, check_skipped
 from clip_jax.training.state import abstract_state
 from clip_jax.training.step import TrainStep, make_train_step
@@ -61,6 +62,7 @@ def train(
     session = Session()
     with contextlib.ExitStack() as resources:
         compiles = resources.enter_context(watch_compiles())
+        interrupted = resources.enter_context(interrupts())
         # ---- Workdir: may this run go on here? -------------------------------------------------
         config = keep_measured(config, workdir)
         changes = check_workdir(workdir, config, allow_config_change=allow_config_change)
@@ -84,6 +86,7 @@ def train(
         abstract = abstract_state(task, optimizer, mesh, ema=config.optimizer.ema_decay is not None)
         check_frozen(config, leaves_by_path(abstract.params))
         evaluator = Evaluator(task, tokenizer, config, mesh, cache)
+        check_best(config, evaluator)
         train_step = make_train_step(
             task,
             optimizer,
@@ -118,6 +121,7 @@ def train(
                     train_step,
                     session,
                     compiles,
+                    interrupted,
                     changes,
                     allow_config_change=allow_config_change,
                 )
@@ -128,6 +132,7 @@ def _go_on(
     train_step: TrainStep,
     session: Session,
     compiles: CompileWatch,
+    interrupted: Interrupts,
     changes: Mapping[str, tuple[Any, Any]],
     *,
     allow_config_change: bool,
@@ -144,6 +149,7 @@ def _go_on(
             )
         origin = find_origin(config, workdir, store, run.abstract)
         first_step = origin.step
+        quarantine = tuple(sorted({*origin.quarantine, *listed(workdir)}))
         batches = resources.enter_context(
             contextlib.closing(
                 TrainingInput(
@@ -152,7 +158,7 @@ def _go_on(
                     run.tokenizer,
                     first_sample=origin.samples_seen,
                     saved=origin.position,
-                    quarantine=run.quarantined(),
+                    quarantine=quarantine,
                     workdir=workdir,
                     allow_config_change=allow_config_change,
                 )
@@ -244,7 +250,7 @@ def _go_on(
                     end = samples_seen(step) - origin.samples_seen
                     first = end - config.stability.spike_steps * config.global_batch_size
                     places = batches.places(max(first, 0), end)
-                    run.quarantine(spike, places)
+                    put_in(workdir, spike, places, max_rewinds=config.stability.max_rewinds)
                     progress.say(f"{spike}; going back, on without samples {places} of the order")
                     raise
             if step % config.logging.every_steps == 0 or step == config.num_steps:
@@ -257,10 +263,11 @@ def _go_on(
                 batches.flush()
                 if writer is not None:
                     writer.flush()  # a checkpoint has all lines up to it
-                store.save(step, state, run.metadata(samples_seen(step), batches, detector.losses))
+                metadata = run.metadata(samples_seen(step), batches, detector.losses, quarantine)
+                store.save(step, state, metadata)
             saves_at.saved()
 
-        with interrupts() as interrupted:
+        with interrupted.saving():
             for step in range(first_step + 1, config.num_steps + 1):
                 try:
                     with clock.waiting(pending[1]["loss"] if pending is not None else None):

@@ -16,6 +16,7 @@ from clip_jax.checkpoint import CheckpointStore, Workdir
 from clip_jax.config import ExperimentConfig, UserError
 from clip_jax.parallel import from_first_process
 from clip_jax.tasks import Task
+from clip_jax.training.quarantine import Range, listed
 from clip_jax.training.start import NdArray, describe, starting_arrays, with_arrays
 from clip_jax.training.state import TrainState, init_state
 
@@ -27,6 +28,7 @@ class Origin:
     step: int = 0
     samples_seen: int = 0
     position: dict[str, Any] = dataclasses.field(default_factory=dict)  # of TrainingInput
+    quarantine: tuple[Range, ...] = ()  # that it has passed over, or has to from here on
     losses: list[float] = dataclasses.field(default_factory=list)  # of SpikeDetector
     resumed: bool = False  # from a checkpoint of its own
     state: TrainState | None = None  # None: to be made, with `arrays` in it
@@ -80,7 +82,9 @@ def _branch(config: ExperimentConfig, abstract: TrainState) -> Origin:
             f"{config.num_steps} must be more"
         )
     said = f"branching off {folder.path} at step {step}"
-    return _from_checkpoint(step, state, metadata, resumed=False, said=said)
+    origin = _from_checkpoint(step, state, metadata, resumed=False, said=said)
+    # It may have gone back since it saved this one.
+    return dataclasses.replace(origin, quarantine=(*origin.quarantine, *listed(folder)))
 
 
 def _from_checkpoint(
@@ -90,6 +94,7 @@ def _from_checkpoint(
         step=step,
         samples_seen=metadata["samples_seen"],
         position=metadata.get("data", {}),
+        quarantine=tuple((first, end) for first, end in metadata.get("quarantine", ())),
         losses=metadata.get("losses", []),
         resumed=resumed,
         state=state,

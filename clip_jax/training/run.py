@@ -4,20 +4,18 @@ import dataclasses
 import shlex
 from typing import Any
 
-import jax
 import optax
 from jax.sharding import Mesh
 
-from clip_jax.checkpoint import CheckpointStore, Lock, Workdir, add_quarantine, read_quarantine
+from clip_jax.checkpoint import CheckpointStore, Lock, Workdir
 from clip_jax.config import ExperimentConfig, UserError, to_dict
 from clip_jax.data.record import Source
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.evaluation.evaluate import Evaluator, metrics_line
 from clip_jax.evaluation.run_report import write_run_report
-from clip_jax.parallel import from_first_process
 from clip_jax.tasks import Task
 from clip_jax.training.input import TrainingInput
-from clip_jax.training.stability import LossSpikeError
+from clip_jax.training.quarantine import Range
 from clip_jax.training.state import TrainState, count_parameters
 from clip_jax.training.telemetry import MetricsWriter
 from clip_jax.training.throughput import Throughput
@@ -47,13 +45,18 @@ class Run:
     # ---- Saving ----------------------------------------------------------------------------------
 
     def metadata(
-        self, samples_seen: int, batches: TrainingInput, losses: list[float]
+        self,
+        samples_seen: int,
+        batches: TrainingInput,
+        losses: list[float],
+        quarantine: tuple[Range, ...],
     ) -> dict[str, Any]:
         """What a checkpoint needs beside the state. A collective where sources stream."""
         return {
             "samples_seen": samples_seen,
             "data": batches.position(),
             "losses": losses,
+            "quarantine": quarantine,
             "config": to_dict(self.config),
             "tokenizer": self.tokenizer.to_json(),
         }
@@ -106,47 +109,24 @@ class Run:
                 )
         return scores
 
-    # ---- Going back ------------------------------------------------------------------------------
 
-    def quarantined(self) -> tuple[tuple[int, int], ...]:
-        """Ranges of places that the run passes over; all processes get those of the first."""
-        is_first_process = jax.process_index() == 0
-        entries = read_quarantine(self.workdir) if is_first_process else []
-        numbers = [number for entry in entries for number in (entry["from"], entry["to"])]
-        count = from_first_process(len(numbers))
-        numbers = [from_first_process(numbers[i] if is_first_process else 0) for i in range(count)]
-        return tuple(zip(numbers[::2], numbers[1::2], strict=True))
-
-    def quarantine(self, spike: LossSpikeError, places: tuple[int, int]) -> None:
-        """Lists the samples of a spike, so that this run passes over them from now on.
-
-        places: of the samples, [from, to). Raises UserError where the run went back too often.
-        """
-        limit = self.config.stability.max_rewinds
-        if len(self.quarantined()) >= limit:
-            raise UserError(
-                f"{spike}, and the run went back as often as config.stability.max_rewinds {limit} "
-                "allows; lower config.optimizer.learning_rate or raise max_rewinds"
-            )
-        if jax.process_index() == 0:
-            entry = {"from": places[0], "to": places[1], "step": spike.step}
-            add_quarantine(
-                self.workdir, entry | {"loss": spike.loss, "zscore": round(spike.zscore, 2)}
-            )
+def check_best(config: ExperimentConfig, evaluator: Evaluator) -> None:
+    """Raises UserError where no evaluation gives the score by which checkpoints are kept."""
+    metric, names = config.checkpoint.best_metric, evaluator.metric_names()
+    if config.checkpoint.keep_best and metric not in names:
+        raise UserError(
+            f"config.checkpoint.best_metric {metric!r} is none of the scores: {', '.join(names)}"
+        )
 
 
 def note_best(
     config: ExperimentConfig, store: CheckpointStore, scores: dict[int, dict[str, float]]
 ) -> None:
-    """Tells the store the scores it keeps the best by. Raises UserError for an unknown metric."""
+    """Tells the store the scores that it keeps the best by, of those that have them."""
     metric = config.checkpoint.best_metric
-    if not config.checkpoint.keep_best:
-        return
-    for step, values in scores.items():
-        if metric not in values:
-            near = ", ".join(sorted(name for name in values if "/chance" not in name))
-            raise UserError(f"config.checkpoint.best_metric {metric!r} is none of {near}")
-        store.note_score(step, values[metric])
+    for step, values in scores.items() if config.checkpoint.keep_best else ():
+        if metric in values:
+            store.note_score(step, values[metric])
 
 
 def scores_at(step: int, lines: list[dict[str, Any]]) -> dict[str, float]:

@@ -227,7 +227,35 @@ def test_a_spike_sends_a_run_back_without_its_samples(config, tmp_path, capsys):
     )
     never_met = Workdir(tmp_path / "never-met")
     train(calm, never_met)
+    # A branch keeps to them, though it has no list of its own.
+    start = StartConfig(branch=str(workdir.path), step=15)
+    branch = Workdir(tmp_path / "branch")
+    train(dataclasses.replace(other, stability=StabilityConfig(), start=start), branch)
+    assert facts(branch) == facts(never_met)[-1:]
     assert facts(workdir) == facts(never_met)
+
+
+def test_the_best_are_kept_by_a_score_that_must_be_one(config, tmp_path):
+    evaluation = dataclasses.replace(config.evaluation, every_steps=2, report=False)
+    metric = "eval/pairs/text_to_image_R@10"
+    best = dataclasses.replace(
+        config,
+        num_steps=6,
+        evaluation=evaluation,
+        checkpoint=CheckpointConfig(
+            every_steps=100, keep_latest=1, keep_best=1, best_metric=metric
+        ),
+    )
+    typo = dataclasses.replace(best.checkpoint, best_metric="eval/pairs/R@10")
+    workdir = Workdir(tmp_path / "run")
+    with pytest.raises(UserError, match=r"'eval/pairs/R@10' is none of the scores: .*_R@10"):
+        train(dataclasses.replace(best, checkpoint=typo), workdir)
+    assert not workdir.exists()
+    train(best, workdir)
+    scores = {line["step"]: line[metric] for line in facts(workdir) if metric in line}
+    assert sorted(scores) == [2, 4, 6]
+    highest = max(scores, key=lambda step: (scores[step], step))
+    assert set(saved_steps(workdir)) == {highest, 6}
 
 
 def test_skipped_updates_in_a_row_end_a_run_with_one_line(config, tmp_path):
