@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from clip_jax import commands
 from clip_jax.cli_checkpoints import add_checkpoint_commands
 from clip_jax.cli_data import add_data_commands
+from clip_jax.cli_planning import add_planning_commands
 from clip_jax.config.errors import UserError
 
 _CONFIG_HELP = "recipe with get_config(), or the config.json of a workdir"
@@ -15,7 +16,7 @@ _FORMATS = ("open_clip", "huggingface", "big_vision")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command. Returns 0, 2 for what the user can mend, or 130 when interrupted."""
+    """Runs a command. Returns 0, 130 when stopped, or the `exit_code` of what went wrong."""
     parser = _parser()
     arguments, overrides = parser.parse_known_args(argv)
     if arguments.command is None:
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command(arguments, overrides)
     except UserError as error:
         print(f"clip-jax: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print("clip-jax: interrupted", file=sys.stderr)
         return 130
@@ -125,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_data_commands(subparsers)
     add_checkpoint_commands(subparsers)
+    add_planning_commands(subparsers)
     return parser
 
 

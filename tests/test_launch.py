@@ -81,7 +81,7 @@ def test_slurm_job_asks_for_a_task_a_gpu_and_comes_back():
     assert options["open-mode"] == "append"  # else a requeue overwrites the log
 
 
-@pytest.mark.parametrize("code", [0, 2, 130])
+@pytest.mark.parametrize("code", [0, 2, 75, 130])
 def test_slurm_job_requeues_what_was_stopped_and_nothing_else(tmp_path, code):
     """With commands in place of SLURM's that write down how they were called."""
     for name, body in (("srun", f"exit {code}"), ("scontrol", "exit 0")):
@@ -96,7 +96,7 @@ def test_slurm_job_requeues_what_was_stopped_and_nothing_else(tmp_path, code):
     assert done.returncode == code
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls[0] == "srun --kill-on-bad-exit=1 clip-jax train --config=a.py --workdir=w x"
-    assert calls[1:] == (["scontrol requeue 7"] if code == 130 else [])
+    assert calls[1:] == (["scontrol requeue 7"] if code in (75, 130) else [])
 
 
 # ---- Kubernetes and SkyPilot --------------------------------------------------------------------
@@ -197,12 +197,12 @@ def test_jobset_has_known_fields_and_restarts_all_but_what_a_person_must_mend(na
 
 
 def test_sky_task_has_known_fields_and_recovers_what_was_stopped():
-    """SkyPilot 0.10: the fields of its YAML that the file uses."""
+    """SkyPilot 0.14: the fields of its YAML that the file uses."""
     task = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
     assert set(task) == {"name", "num_nodes", "resources", "envs", "workdir", "setup", "run"}
     assert set(task["resources"]) == {"accelerators", "use_spot", "job_recovery"}
     recovery = task["resources"]["job_recovery"]
-    assert recovery == {"strategy": "EAGER_NEXT_REGION", "recover_on_exit_codes": [130]}
+    assert recovery == {"strategy": "EAGER_NEXT_REGION", "recover_on_exit_codes": [75, 130]}
     for part in ("setup", "run"):
         subprocess.run(["bash", "-n"], input=task[part], text=True, check=True)
     theirs = {"SKYPILOT_NODE_IPS", "SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK"}

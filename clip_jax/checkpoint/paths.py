@@ -11,16 +11,24 @@ way to give it credentials.
 import fnmatch
 import io
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
-from clip_jax.config import UserError
+from clip_jax.config import TemporaryError, UserError
 
 # The extra that installs what fsspec needs for a scheme.
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
+
+
+# Answers of stores that the next try gets too.
+_REFUSED = re.compile(
+    r"Permission|Forbidden|Unauthori[sz]ed|Denied|[Cc]redential|NotFound|NoSuchBucket|InvalidBucket"
+    r"|cannot do it|in the way|\b40[0134]\b"
+)
 
 
 class BucketPath:
@@ -160,7 +168,8 @@ class BucketPath:
             if isinstance(error, FileNotFoundError) and action != "written":
                 raise
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(
+        kind = UserError if _REFUSED.search(reason) else TemporaryError
+        raise kind(
             f"{self} cannot be {action}: {reason}; check the bucket's name and the access to it"
         )
 
@@ -185,6 +194,7 @@ def write_atomically(path: AnyPath, text: str) -> None:
         return
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
+        os.fchmod(handle, 0o666 & ~_umask())  # mkstemp's is for nobody else, a run may be shared
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -193,6 +203,13 @@ def write_atomically(path: AnyPath, text: str) -> None:
     except BaseException:
         os.unlink(name)
         raise
+
+
+def _umask() -> int:
+    """That of the process, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def _filesystem(url: str) -> tuple[Any, str]:  # fsspec has no types

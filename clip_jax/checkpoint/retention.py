@@ -45,3 +45,11 @@ def write_score(directory: AnyPath, step: int, value: float) -> None:
     scores = read_scores(directory)
     if math.isfinite(value) and scores.get(step) != value:
         write_atomically(directory / _SCORES, json.dumps({**scores, step: value}))
+
+
+def drop_scores_after(directory: AnyPath, step: int) -> None:
+    """Keeps the scores up to `step`: later ones are of weights that the run has left."""
+    scores = read_scores(directory)
+    kept = {scored: value for scored, value in scores.items() if scored <= step}
+    if kept != scores:
+        write_atomically(directory / _SCORES, json.dumps(kept))

@@ -77,7 +77,8 @@ class Shelf:
                 remove(self.directory / name)
         if isinstance(self.directory, BucketPath):
             for step in self.numbered():
-                if not any((self.path(step) / name).exists() for name in (NAME, _COMMITTED)):
+                # There is no rename: what has not got its last object yet does not count.
+                if not (self.path(step) / NAME).exists():
                     remove(self.path(step))
 
     # ---- Going -----------------------------------------------------------------------------------

@@ -1,9 +1,7 @@
 """Saving and restoring a run. Orbax is known in this room alone: it writes, here."""
 
 import contextlib
-import errno
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -12,6 +10,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from clip_jax.checkpoint.checksums import Array, SavedArray, ShardChecksums
+from clip_jax.checkpoint.failures import FAILURES, is_full, is_refused
 from clip_jax.checkpoint.paths import AnyPath, BucketPath, any_path
 from clip_jax.checkpoint.reading import ArrayReader
 from clip_jax.checkpoint.record import (
@@ -21,9 +20,14 @@ from clip_jax.checkpoint.record import (
     read_metadata,
     read_record,
 )
-from clip_jax.checkpoint.retention import read_scores, reasons_to_keep, write_score
+from clip_jax.checkpoint.retention import (
+    drop_scores_after,
+    read_scores,
+    reasons_to_keep,
+    write_score,
+)
 from clip_jax.checkpoint.shelf import Shelf
-from clip_jax.config import CheckpointConfig, UserError
+from clip_jax.config import CheckpointConfig, TemporaryError, UserError
 from clip_jax.parallel import from_first_process, on_all_processes, values_of_processes
 
 SKIP = ocp.PLACEHOLDER
@@ -31,11 +35,6 @@ StateT = TypeVar("StateT", bound=Any)  # a NamedTuple of groups of arrays
 
 _log = logging.getLogger(__name__)
 
-# What Orbax and TensorStore raise for a disk that is full, a bucket that is gone, a barrier in
-# which another process did not appear.
-_FAILURES = (OSError, ValueError, RuntimeError)
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-_NO_ROOM_TEXTS = tuple(os.strerror(number) for number in _NO_ROOM)
 # Below it every replica would write a sliver of each small array: a compiled slice and an object.
 _SMALLEST_SLICE = 2**20
 
@@ -114,6 +113,20 @@ class CheckpointStore:
                     pending[1].result()
 
         on_all_processes(settle)
+
+    def check(self) -> None:
+        """Raises UserError where the save under way has failed in this process. No collective.
+
+        The others may be waiting for it in the save: who ends at once ends them too.
+        """
+        if self._pending is not None and self._pending[1].done():
+            with self._failures(self._pending[0]):
+                self._pending[1].result()
+
+    def drop_scores_after(self, step: int) -> None:
+        """Forgets scores of later steps: they are trained, and scored, again."""
+        if jax.process_index() == 0:
+            drop_scores_after(self._directory, step)
 
     def close(self) -> None:
         """Ends a save under way; an error of it is logged, since another may be on its way up."""
@@ -302,15 +315,14 @@ class CheckpointStore:
         """What goes wrong in saving `step` as one line for the user."""
         try:
             yield
-        except _FAILURES as error:
-            raise UserError(self._described(step, error)) from error
+        except FAILURES as error:
+            kind = UserError if is_full(error) or is_refused(error) else TemporaryError
+            raise kind(self._described(step, error)) from error
 
     def _described(self, step: int, error: BaseException) -> str:
         kept = self.latest_step()
         before = f"step {kept} is as it was" if kept is not None else "there is none before it"
-        if getattr(error, "errno", None) in _NO_ROOM or any(
-            x in str(error) for x in _NO_ROOM_TEXTS
-        ):
+        if is_full(error):
             return (
                 f"checkpoint of step {step} is not saved: no space left in {self._directory}; "
                 f"{before}; free some, then resume"

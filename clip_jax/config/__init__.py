@@ -9,7 +9,7 @@ from clip_jax.config.convert import (
     to_dict,
     to_json,
 )
-from clip_jax.config.errors import ConfigError, UserError
+from clip_jax.config.errors import ConfigError, TemporaryError, UserError
 from clip_jax.config.frozen import check_frozen, is_frozen
 from clip_jax.config.lengths import resolve_lengths
 from clip_jax.config.presets import PRESETS, preset, quick_gelu
@@ -61,6 +61,7 @@ __all__ = [
     "StabilityConfig",
     "StartConfig",
     "StreamConfig",
+    "TemporaryError",
     "TextTowerConfig",
     "TokenizerConfig",
     "TowerRateConfig",

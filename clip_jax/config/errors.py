@@ -1,9 +1,17 @@
-"""The one exception that the command line turns into a single line and exit code 2."""
+"""The exceptions that the command line turns into a single line and an exit code."""
 
 
 class UserError(ValueError):
     """Something the user can mend: the message is one line with the numbers and the remedy."""
 
+    exit_code = 2
+
 
 class ConfigError(UserError):
     """A config value that is unknown, of the wrong type, out of range or at odds with another."""
+
+
+class TemporaryError(UserError):
+    """What may have passed when the same command runs again, as a store that does not answer."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: another process died, the same command may succeed
 _PATIENCE_SECONDS = 3.0  # for the news that explain an error here
+_GREETING_SECONDS = 30.0  # for a connection to say which process it is
+_LONGEST_GREETING = 4096  # bytes
 _GRACE_SECONDS = 0.5  # for this process to say itself what the others say
 _FAREWELL_SECONDS = 5.0  # for the others to end before the first one, without which JAX aborts them
 
@@ -49,7 +51,7 @@ def ending_together(heartbeat_seconds: int = 100) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        watch.leave(str(error), 2)
+        watch.leave(str(error), error.exit_code)
     except KeyboardInterrupt:
         watch.leave("interrupted", 130)
     except Exception as error:
@@ -148,6 +150,9 @@ class _Watch:
                 next_beat = time.monotonic() + beat
                 self._tell({})
                 self._warn_of_silence()
+        self._selector.close()
+        if self._listener is not None:
+            self._listener.close()
 
     def _listen(self, seconds: float) -> None:
         if not self._selector.get_map():
@@ -170,15 +175,17 @@ class _Watch:
         for line in lines:
             try:
                 message = json.loads(line)
-            except ValueError:  # a stranger
-                message = {}
-            self._handle(peer, message)
-        if not data and peer in self._peers:
+            except ValueError:
+                message = None
+            if peer in self._peers:  # a stranger is gone after its first line
+                self._handle(peer, message if isinstance(message, dict) else {})
+        too_long = peer.process is None and len(peer.unread) > _LONGEST_GREETING
+        if (not data or too_long) and peer in self._peers:
             self._drop(peer)
 
     def _handle(self, peer: _Peer, message: dict[str, Any]) -> None:
         if message.get("secret") == self._secret:
-            peer.process = message["process"]
+            peer.process = int(message.get("process", 0))
         elif peer.process is None:
             self._drop(peer)
         elif "finished" in message:
@@ -232,8 +239,12 @@ class _Watch:
             peer.connection.sendall(json.dumps(message).encode() + b"\n")
 
     def _warn_of_silence(self) -> None:
-        for peer in self._peers:
+        for peer in list(self._peers):
             silence = time.monotonic() - peer.heard
+            if peer.process is None:
+                if silence > _GREETING_SECONDS:
+                    self._drop(peer)
+                continue
             if silence > self.heartbeat_seconds / 2 and not (peer.warned or peer.finished):
                 peer.warned = True
                 logger.warning(

@@ -80,6 +80,9 @@ class TrainingInput:
         allow_config_change: bool = False,
     ) -> None:
         ranges = (*config.data.skipped_ranges, *quarantine)
+        if config.data.streams:  # each stream passes over as many: batches stay rows of all
+            num = config.data.stream.num_streams
+            ranges = tuple((first // num * num, -(-end // num) * num) for first, end in ranges)
         data = dataclasses.replace(config.data, skipped_ranges=ranges)
         config = dataclasses.replace(config, data=data)
         self._num_samples = {name: len(source) for name, source in sources.items()}

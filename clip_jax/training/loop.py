@@ -176,7 +176,9 @@ def _go_on(
             store = resources.enter_context(
                 contextlib.closing(CheckpointStore(workdir.checkpoints, config.checkpoint))
             )
+        store.drop_scores_after(first_step)
         state = origin.make_state(run.task, run.optimizer, run.abstract, seed=config.seed)
+        origin = dataclasses.replace(origin, state=None, arrays={})  # else they stay for good
 
         # ---- Telemetry -------------------------------------------------------------------------
         earlier = [line for line in earlier if line["step"] <= first_step]
@@ -232,6 +234,7 @@ def _go_on(
             values["samples_seen"] = samples_seen(step)
             if writer is not None:
                 writer.write(step, values)
+            store.check()
             remaining = (config.num_steps - step) / values["steps_per_second"]
             progress.update(step, values | {"eta_seconds": remaining})
             check_skipped(config.stability, step, int(values["skipped_steps_in_row"]))

@@ -17,7 +17,7 @@ from clip_jax.config import ExperimentConfig, UserError
 from clip_jax.parallel import from_first_process
 from clip_jax.tasks import Task
 from clip_jax.training.quarantine import Range, listed
-from clip_jax.training.start import NdArray, describe, starting_arrays, with_arrays
+from clip_jax.training.start import NdArray, agreed_step, describe, starting_arrays, with_arrays
 from clip_jax.training.state import TrainState, init_state
 
 
@@ -70,9 +70,7 @@ def _branch(config: ExperimentConfig, abstract: TrainState) -> Origin:
     folder = Workdir(str(config.start.branch))
     folder.load_config()
     with contextlib.closing(CheckpointStore(folder.checkpoints)) as store:
-        step = config.start.step
-        if step is None:
-            step = store.latest_step()
+        step = agreed_step(store, config.start.step)
         state = store.restore(abstract, step)
         metadata = store.metadata(step)
     step = int(jax.device_get(state.step))

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from clip_jax.checkpoint import CheckpointStore, Workdir, leaves_by_path
 from clip_jax.config import ExperimentConfig, ModelConfig, StartConfig, UserError
 from clip_jax.models import resample_position_embedding, stretch_position_embedding
+from clip_jax.parallel import from_first_process
 from clip_jax.training.state import TrainState
 
 NdArray = NDArray[Any]
@@ -48,6 +49,14 @@ def with_arrays(state: TrainState, arrays: dict[str, NdArray]) -> TrainState:
     return state._replace(**replaced)
 
 
+def agreed_step(store: CheckpointStore, step: int | None) -> int | None:
+    """`step`, or the latest as the first process sees it: a run that goes on may save meanwhile."""
+    if step is not None:
+        return step
+    latest = from_first_process(-1 if (found := store.latest_step()) is None else found)
+    return None if latest < 0 else latest
+
+
 def describe(start: StartConfig) -> str:
     """`model from runs/a, image from runs/b`, or nothing."""
     named = {part: getattr(start, part) for part in ("model", "image", "text")}
@@ -61,7 +70,8 @@ def _arrays_of(
     saved = workdir.load_config().model
     weights = "ema" if config.start.use_ema else "params"
     with contextlib.closing(CheckpointStore(workdir.checkpoints)) as store:
-        groups = store.load((weights, "model_state"), config.start.step)
+        step = agreed_step(store, config.start.step)
+        groups = store.load((weights, "model_state"), step)
     if not groups[weights]:
         raise UserError(
             f"config.start.{part} {folder} has no moving average of its weights; use "

@@ -52,7 +52,7 @@ class MetricsWriter:
 
             folder = UploadedFolder(workdir.tensorboard, logging.upload_seconds)
             self._tensorboard_folder = folder
-            self._tensorboard = SummaryWriter(str(folder.path), purge_step=first_step or None)
+            self._tensorboard = SummaryWriter(str(folder.path), purge_step=first_step + 1)
         if logging.wandb_project is not None:
             import wandb
 

@@ -8,7 +8,7 @@ from checkpoint.buckets import Bucket
 from fsspec.registry import _registry
 
 from clip_jax.checkpoint import BucketPath, any_path, write_atomically
-from clip_jax.config import UserError
+from clip_jax.config import TemporaryError, UserError
 
 
 def test_paths_read_as_they_were_given(tmp_path, monkeypatch):
@@ -104,3 +104,26 @@ def test_a_missing_package_is_named(monkeypatch, scheme, package, remedy):
     monkeypatch.delitem(_registry, scheme, raising=False)
     with pytest.raises(UserError, match=rf"^{scheme}://bucket/run cannot be reached: .*{remedy}"):
         any_path(f"{scheme}://bucket/run").exists()
+
+
+def test_what_is_written_can_be_read_by_those_whom_the_umask_lets(tmp_path):
+    """A shared workdir: mkstemp's files are for nobody else."""
+    before = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "config.json", "{}")
+        assert (tmp_path / "config.json").stat().st_mode & 0o777 == 0o640
+        assert os.umask(0o027) == 0o027  # left as it was
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [("503 Service Unavailable", TemporaryError), ("403 Forbidden", UserError)],
+)
+def test_what_may_pass_is_told_from_what_may_not(monkeypatch, answer, kind):
+    monkeypatch.setattr(Bucket, "down", OSError(answer))
+    with pytest.raises(UserError, match=answer) as raised:
+        any_path("teststore://run/config.json").read_text()
+    assert type(raised.value) is kind
+    assert raised.value.exit_code == (75 if kind is TemporaryError else 2)

@@ -2,7 +2,12 @@ import math
 
 import pytest
 
-from clip_jax.checkpoint.retention import read_scores, reasons_to_keep, write_score
+from clip_jax.checkpoint.retention import (
+    drop_scores_after,
+    read_scores,
+    reasons_to_keep,
+    write_score,
+)
 from clip_jax.config import CheckpointConfig
 
 STEPS = [10, 20, 30, 40, 50]
@@ -55,3 +60,10 @@ def test_scores_are_written_down(workdir):
 def test_broken_scores_are_none(tmp_path, text):
     (tmp_path / "scores.json").write_text(text)
     assert read_scores(tmp_path) == {}
+
+
+def test_scores_of_steps_that_come_again_are_forgotten(tmp_path):
+    for step, score in ((100, 0.5), (200, 0.6)):
+        write_score(tmp_path, step, score)
+    drop_scores_after(tmp_path, 100)
+    assert read_scores(tmp_path) == {100: 0.5}

@@ -1,6 +1,7 @@
 """Real processes over loopback: what ends one of them ends all, at once and in one line."""
 
 import contextlib
+import json
 import signal
 import socket
 import subprocess
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from clip_jax.parallel import together
 
 HEARTBEAT_SECONDS = 30
 RESTART = "start them all again with the same command, and the run resumes from its last checkpoint"
@@ -115,3 +118,26 @@ def test_a_frozen_process_is_named_and_ends_the_others(tmp_path):
         finally:
             second.send_signal(signal.SIGCONT)
     assert "no sign of process 1 for" in (tmp_path / "0.err").read_text()
+
+
+def test_strangers_at_the_port_are_sent_away():
+    """A health probe, a number for a message, an endless line: the watch goes on."""
+    watch = together._Watch(HEARTBEAT_SECONDS)
+    assert watch._listener is not None
+    port = watch._listener.getsockname()[1]
+    for said in (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"5\n6\n", b"x" * 10_000):
+        with socket.create_connection(("localhost", port), timeout=10) as stranger:
+            stranger.sendall(said)
+            with contextlib.suppress(ConnectionResetError):
+                while stranger.recv(65536):  # beats, until it is closed
+                    pass
+    with socket.create_connection(("localhost", port), timeout=10) as friend:
+        friend.sendall(json.dumps({"secret": watch._secret, "process": 1}).encode() + b"\n")
+        deadline = time.monotonic() + 10
+        while [peer.process for peer in watch._peers] != [1]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        watch.finish()  # else the friend's going would end this process
+    while watch._listener.fileno() != -1:  # until its thread has ended
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
