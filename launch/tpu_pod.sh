@@ -28,8 +28,10 @@ create)
     ;;
 install)
     # What git has, without what was built here.
-    git archive --format=tar.gz --output=/tmp/clip_jax.tar.gz HEAD
-    tpu scp /tmp/clip_jax.tar.gz "$NAME":clip_jax.tar.gz --worker=all
+    folder=$(mktemp -d)
+    trap 'rm -rf "$folder"' EXIT
+    git archive --format=tar.gz --output="$folder/clip_jax.tar.gz" HEAD
+    tpu scp "$folder/clip_jax.tar.gz" "$NAME":clip_jax.tar.gz --worker=all
     on_all_workers "mkdir -p clip_jax && tar -xzf clip_jax.tar.gz -C clip_jax && cd clip_jax &&
         python3 -m venv .venv && .venv/bin/pip install --quiet -e '.[tpu,gcs,fast]'"
     ;;

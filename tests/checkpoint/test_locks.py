@@ -52,7 +52,9 @@ def test_another_process_of_the_same_number_is_not_the_owner(bucket):
     # As in a container that was started again: each is process 1.
     owner = locks._this_process() | {"started": "0", "token": "x"}
     (bucket.path / "lock" / "000001.json").write_text(json.dumps(owner))
-    BucketLock(bucket.path, wait=_no_wait).close()
+    lock = BucketLock(bucket.path, wait=_no_wait)
+    assert list(Bucket.objects()) == ["000002.json"]
+    lock.close()
 
 
 def test_an_old_lock_of_another_machine_is_taken_over_at_once(bucket, monkeypatch, caplog):
