@@ -10,7 +10,7 @@ from clip_jax.checkpoint.metrics_file import (
 )
 from clip_jax.checkpoint.paths import AnyPath, BucketPath, any_path, write_atomically
 from clip_jax.checkpoint.quarantine import add_quarantine, read_quarantine
-from clip_jax.checkpoint.store import SKIP, CheckpointStore, leaves_by_path
+from clip_jax.checkpoint.store import SKIP, CheckpointStore, leaves_by_path, unflatten
 from clip_jax.checkpoint.uploads import UploadedFolder
 from clip_jax.checkpoint.workdir import Workdir
 
@@ -31,5 +31,6 @@ __all__ = [
     "leaves_by_path",
     "read_metrics",
     "read_quarantine",
+    "unflatten",
     "write_atomically",
 ]

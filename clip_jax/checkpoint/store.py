@@ -2,14 +2,14 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from clip_jax.checkpoint.checksums import Array, SavedArray, ShardChecksums
+from clip_jax.checkpoint.checksums import SavedArray, ShardChecksums
 from clip_jax.checkpoint.failures import FAILURES, is_full, is_refused
 from clip_jax.checkpoint.paths import AnyPath, BucketPath, any_path
 from clip_jax.checkpoint.reading import ArrayReader
@@ -279,7 +279,7 @@ class CheckpointStore:
         wanted = [name for name in record.arrays if name.split("/")[0] in names]
         with _named(path, "read"):
             arrays = ArrayReader(path, record).read_all(wanted)
-        return {name: {} for name in names} | _nested(arrays)
+        return {name: {} for name in names} | unflatten(arrays)
 
     def verify(self, step: int) -> list[str]:
         """What is wrong with a checkpoint, in words; [] where it is what was saved."""
@@ -378,7 +378,7 @@ def _misfit(stored: dict[str, SavedArray], wanted: dict[str, Any]) -> str | None
     return f"it has {surplus[0]}, which this model has not" if surplus else None
 
 
-def _nested(arrays: dict[str, Array]) -> dict[str, Any]:
+def unflatten(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Dicts in dicts of arrays by path; what was a list or tuple is a dict by place."""
     tree: dict[str, Any] = {}
     for path, array in arrays.items():

@@ -24,11 +24,12 @@ import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 
+from clip_jax.checkpoint import unflatten
 from clip_jax.config import ModelConfig, UserError
 from clip_jax.interop.huggingface_files import write_json
 from clip_jax.interop.table import NdArray
 from clip_jax.interop.transfer import staged
-from clip_jax.interop.weights import PARTS, Weights, unflatten
+from clip_jax.interop.weights import PARTS, Weights
 from clip_jax.models import CLIP
 
 TOLERANCE = 1e-4  # of unit-length embeddings, against onnxruntime

@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from clip_jax.checkpoint import AnyPath, CheckpointStore, Workdir, write_atomically
+from clip_jax.checkpoint import AnyPath, CheckpointStore, Workdir, unflatten, write_atomically
 from clip_jax.config import (
     PRESETS,
     DataConfig,
@@ -27,7 +27,7 @@ from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.interop.checks import checked
 from clip_jax.interop.huggingface_files import read_json
 from clip_jax.interop.verify import Format, Report, check_again, check_peer, described
-from clip_jax.interop.weights import PARTS, Weights, flatten, is_statistic, unflatten
+from clip_jax.interop.weights import PARTS, Weights, flatten, is_statistic
 
 LIBRARIES = {
     "open_clip": "open_clip",

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from clip_jax.checkpoint import leaves_by_path
+from clip_jax.checkpoint import leaves_by_path, unflatten
 from clip_jax.config import ModelConfig
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.interop.table import NdArray, Shape
@@ -65,18 +65,6 @@ def flatten(tree: Any) -> dict[str, Any]:
     """Leaves of nested dicts (or an nnx state) by path, '/' between the names."""
     state = nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
     return leaves_by_path(state)
-
-
-def unflatten(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts from leaves by path."""
-    tree: dict[str, Any] = {}
-    for path, leaf in arrays.items():
-        *groups, name = path.split("/")
-        group = tree
-        for part in groups:
-            group = group.setdefault(part, {})
-        group[name] = leaf
-    return tree
 
 
 def is_statistic(path: str) -> bool:

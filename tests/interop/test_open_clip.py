@@ -15,7 +15,7 @@ from peers import open_clip_or_skip
 from small import mesh_of
 
 from clip_jax import load
-from clip_jax.checkpoint import Workdir
+from clip_jax.checkpoint import Workdir, unflatten
 from clip_jax.config import ExperimentConfig, LossConfig, UserError
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.interop import open_clip as ours
@@ -24,7 +24,7 @@ from clip_jax.interop.open_clip_tables import rows
 from clip_jax.interop.table import read_table
 from clip_jax.interop.tensors import read_tensors, write_safetensors
 from clip_jax.interop.transfer import export_weights, import_weights, weights_of_workdir
-from clip_jax.interop.weights import flatten, model_shapes, unflatten
+from clip_jax.interop.weights import flatten, model_shapes
 from clip_jax.tasks import ContrastiveTask
 
 SLOW = pytest.mark.slow

@@ -12,12 +12,12 @@ from interop.hf_models import clip_config, random_model, transformers
 from interop.small_weights import CAPTIONS, small_weights
 from small import mesh_of
 
-from clip_jax.checkpoint import CheckpointStore, Workdir
+from clip_jax.checkpoint import CheckpointStore, Workdir, unflatten
 from clip_jax.config import ExperimentConfig, UserError, preset, to_dict
 from clip_jax.data.tokenizers import Tokenizer
 from clip_jax.interop import huggingface, transfer
 from clip_jax.interop.tensors import read_tensors, write_safetensors
-from clip_jax.interop.weights import model_shapes, unflatten
+from clip_jax.interop.weights import model_shapes
 from clip_jax.tasks import ContrastiveTask
 from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.state import abstract_state

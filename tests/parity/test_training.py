@@ -11,10 +11,11 @@ from interop import open_clip_models as peer
 from peers import open_clip_or_skip
 from small import mesh_of, small_config
 
+from clip_jax.checkpoint import unflatten
 from clip_jax.config import OptimizerConfig, ScheduleConfig
 from clip_jax.interop import open_clip as open_clip_format
 from clip_jax.interop.open_clip_tables import rows
-from clip_jax.interop.weights import flatten, unflatten
+from clip_jax.interop.weights import flatten
 from clip_jax.parallel import to_global_batch
 from clip_jax.tasks import ContrastiveTask
 from clip_jax.training.optimizer import decay_mask, make_optimizer, make_schedule

@@ -10,10 +10,10 @@ from interop import open_clip_models as peer
 from peers import open_clip_or_skip
 from small import mesh_of, small_config, small_model
 
+from clip_jax.checkpoint import unflatten
 from clip_jax.config import OptimizerConfig, StartConfig, TowerRateConfig
 from clip_jax.interop.open_clip import read
 from clip_jax.interop.open_clip_tables import rows
-from clip_jax.interop.weights import unflatten
 from clip_jax.tasks import ContrastiveTask
 from clip_jax.training.rates import learning_rate_factors, map_with_path, of_what_trains
 
