@@ -55,6 +55,12 @@ class _FileLock:
             raise UserError(
                 f"another process trains in {folder}; wait for it or use another --workdir"
             ) from None
+        except OSError as error:  # Lustre without the flock option, NFS without a lock daemon
+            _log.warning(
+                "the file system of %s has no locks (%s): nothing keeps a second process from "
+                "training there",
+                *(folder, error.strerror),
+            )
 
     def check(self) -> None:
         """Nothing: it cannot be taken away."""

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import os
 import re
 import traceback
@@ -23,6 +24,7 @@ from clip_jax.config.validation import validate
 
 # Overrides that may name an entry for the first time: by its path, which every entry needs.
 _NEW_ENTRY = re.compile(r"--config\.(data\.sources|evaluation\.sets)\.(\w+)\.path=")
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 _ENTRIES = {"data.sources": SourceConfig, "evaluation.sets": EvalSetConfig}
 
 
@@ -129,6 +131,11 @@ def _base(path: str) -> ConfigDict:
 def _call(module: ModuleType, file: str, argument: str) -> ConfigDict:
     if not callable(getattr(module, "get_config", None)):
         raise ConfigError("it has no function get_config()")
+    takes = inspect.signature(module.get_config).parameters.values()
+    if argument and not takes:
+        raise ConfigError(f"it has no variants: get_config() takes no argument, not {argument!r}")
+    if not argument and any(p.default is p.empty and p.kind in _POSITIONAL for p in takes):
+        raise ConfigError("it has variants, and one is to be named: --config=RECIPE.py:VARIANT")
     config = module.get_config(argument) if argument else module.get_config()
     if isinstance(config, ExperimentConfig):
         return to_config_dict(config)

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -169,3 +170,13 @@ def test_a_disk_keeps_its_lock_file(tmp_path):
     workdir = Workdir(tmp_path)
     workdir.lock().close()
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_file_system_without_locks_is_named_and_used(tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    with locks.lock(tmp_path) as held:
+        held.check()
+    assert f"the file system of {tmp_path} has no locks" in caplog.text

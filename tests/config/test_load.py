@@ -131,7 +131,7 @@ HEAD = "from clip_jax.config import *\n"
         ("get_config = 3\n", ": it has no function get_config()"),
         ("def get_config():\n    pass\n", ": get_config() returned None, not an ExperimentConfig"),
         ("def get_config():\n    return {}\n", ": get_config() returned a dict, not an Experiment"),
-        ("def get_config(x):\n    pass\n", ": TypeError: get_config() missing 1 required"),
+        ("def get_config(x):\n    pass\n", ": it has variants, and one is to be named: --config=R"),
         (
             "def get_config():\n    return part()\n\ndef part():\n    return 1 / 0\n",
             " line 5: ZeroDivisionError: division by zero",
@@ -158,6 +158,13 @@ def test_what_a_recipe_raises_is_one_line(tmp_path, text, message):
         load_config([f"--config={path}"])
     assert str(caught.value).startswith(f"recipe {path}{message}")
     assert "\n" not in str(caught.value)
+
+
+def test_a_variant_of_a_recipe_without_any_is_one_line(tmp_path):
+    path = tmp_path / "recipe.py"
+    path.write_text("def get_config():\n    return 1 / 0\n")
+    with pytest.raises(ConfigError, match=r"get_config\(\) takes no argument, not 'b16'"):
+        load_config([f"--config={path}:b16"])
 
 
 def test_a_recipe_is_found_from_the_current_folder(tmp_path, monkeypatch):
