@@ -16,10 +16,11 @@ Writes benchmarks/results/train_step_<device>.json.
 
 import argparse
 import dataclasses
-import gc
 import json
+import os
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -63,6 +64,17 @@ LEARNING_RATE, BETAS, EPSILON, WEIGHT_DECAY = 1e-4, (0.9, 0.98), 1e-6, 0.2
 GPU_BATCH = {"ViT-B-32": 2048, "ViT-B-16": 512, "ViT-L-14": 192}
 CPU_BATCH = {"ViT-B-32": 32, "ViT-B-16": 8}
 
+# A step on a CPU asks for gigabytes that the step before has just freed. With these glibc has kept
+# them; both contenders gain, some 20% (docs/performance.md).
+KEEP_FREED_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**36),
+    "MALLOC_TRIM_THRESHOLD_": str(2**36),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
+PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
+ANSWER = "@ "  # begins a child's line that is for its parent
+
 Contender = Callable[[], Any]  # one step, sent off
 Wait = Callable[[Any], None]
 
@@ -74,6 +86,10 @@ class Case:
     batch: int
     precision: str
     layers: tuple[int, int] | None  # of the image and text tower, where not the preset's
+
+    def arguments(self) -> list[Any]:
+        """Of `make_case`."""
+        return [self.name, self.batch, self.precision, self.layers]
 
 
 # ---- The batch -------------------------------------------------------------------------------
@@ -211,8 +227,6 @@ def theirs(case: Case, *, compiled: bool) -> tuple[Contender, Wait, dict[str, An
 
 
 def _cores() -> int:
-    import os
-
     return len(os.sched_getaffinity(0))
 
 
@@ -226,61 +240,117 @@ CONTENDERS: dict[str, Callable[[Case], tuple[Contender, Wait, dict[str, Any]]]] 
 }
 
 
-def measure(case: Case, names: list[str], steps: int, repeats: int) -> dict[str, Any]:
-    """Figures of each contender; one that does not run says why."""
-    on_cpu = jax.default_backend() == "cpu"
-    rows: dict[str, Any] = {}
-    running: dict[str, tuple[Contender, Wait]] = {}
+class Child:
+    """A contender in a process of its own: memory, threads and allocator are its own too."""
 
-    def begin(name: str) -> bool:
-        start = time.perf_counter()
-        try:
-            run, wait, figures = CONTENDERS[name](case)
-            first = run()
-            wait(first)
-            wait(run())
-        except Exception as error:  # a peer that does not run here: its reason is the result
-            if name.startswith("ours"):
-                raise
-            rows[name] = {"failed": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
-            return False
-        rows[name] = {**figures, "start_seconds": round(time.perf_counter() - start, 1)}
-        rows[name] |= {"first_loss": first.item(), "seconds": []}
-        running[name] = run, wait
-        return True
+    def __init__(self, name: str, case: Case) -> None:
+        command = [
+            sys.executable,
+            __file__,
+            "--child",
+            name,
+            "--case",
+            json.dumps(case.arguments()),
+        ]
+        variables = {**KEEP_FREED_MEMORY, **os.environ}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables
+        )
+        self.figures = self._answer()
 
-    def turn(name: str) -> None:
-        run, wait = running[name]
+    def ask(self, what: str) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(what + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def end(self) -> dict[str, Any]:
+        figures = self.ask("end")
+        self._process.wait()
+        return figures
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(ANSWER):
+                return json.loads(line.removeprefix(ANSWER))
+        raise RuntimeError(f"{self._process.args} ended with exit code {self._process.wait()}")
+
+
+def answer(figures: dict[str, Any]) -> None:
+    print(ANSWER + json.dumps(figures), flush=True)
+
+
+def serve(name: str, case: Case) -> None:
+    """What a child does: two steps, then `turn STEPS` as often as asked for, then `end`."""
+    start = time.perf_counter()
+    try:
+        run, wait, figures = CONTENDERS[name](case)
+        first = run()
+        wait(first)
+        wait(run())
+    except Exception as error:  # a peer that does not run here: its reason is the result
+        if name.startswith("ours"):
+            raise
+        answer({"failed": " ".join(f"{type(error).__name__}: {error}".split())[:300]})
+        return
+    seconds = round(time.perf_counter() - start, 1)
+    answer({**figures, "first_loss": first.item(), "start_seconds": seconds})
+    for line in sys.stdin:
+        what, *rest = line.split()
+        if what == "end":
+            break
         start = time.perf_counter()
-        for _ in range(steps):
+        for _ in range(int(rest[0])):
             result = run()
         wait(result)
-        rows[name]["seconds"].append((time.perf_counter() - start) / steps)
+        answer({"seconds": (time.perf_counter() - start) / int(rest[0])})
+    figures = {"peak_host_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    if name.startswith("ours"):
+        device = jax.local_devices()[0]
+        figures["device_memory"] = device.memory_stats()
+        figures["ceiling_tflops"] = measure_peak(case.precision)
+        chip = chip_of(device)
+        figures["peak_tflops"] = None if chip is None else chip.peak_tflops[case.precision]
+    else:
+        import torch
 
-    if on_cpu:  # they fit into memory together, and take turns
-        for name in names:
-            begin(name)
+        if torch.cuda.is_available():
+            figures["device_memory"] = {"peak_bytes_in_use": torch.cuda.max_memory_allocated()}
+    answer(figures)
+
+
+def measure(case: Case, names: list[str], steps: int, repeats: int) -> dict[str, Any]:
+    """Figures of each contender; one that does not run says why."""
+    rows: dict[str, Any] = {}
+    if jax.default_backend() == "cpu":  # they fit into memory together, and take turns
+        children = {name: Child(name, case) for name in names}
+        rows = {name: {**child.figures, "seconds": []} for name, child in children.items()}
+        running = {name: child for name, child in children.items() if "failed" not in rows[name]}
         for _ in range(repeats):
-            for name in running:
-                turn(name)
-    else:  # JAX keeps the memory it has: one after the other, and the first ones once more
+            for name, child in running.items():
+                rows[name]["seconds"].append(child.ask(f"turn {steps}")["seconds"])
+        for name, child in running.items():
+            rows[name] |= child.end()
+    else:  # each may need all of the device: one after the other, and the first ones once more
         for name in [*names, *names[:1]]:
-            if begin(name):
-                for _ in range(repeats):
-                    turn(name)
-                running.clear()
-                gc.collect()
+            child = Child(name, case)
+            row = rows.setdefault(name, {"seconds": []}) | child.figures
+            rows[name] = row
+            if "failed" not in row:
+                row["seconds"] += [child.ask(f"turn {steps}")["seconds"] for _ in range(repeats)]
+                row |= child.end()
     flops = 3 * sum(forward_flops(case.model))
-    ceiling = measure_peak(case.precision) * 1e12
-    chip = chip_of(jax.local_devices()[0])
+    ceiling = 1e12 * max(row.get("ceiling_tflops", 0.0) for row in rows.values())
+    peak = next((row["peak_tflops"] for row in rows.values() if row.get("peak_tflops")), None)
     for row in rows.values():
         if "failed" in row:
             continue
         row["samples_per_second"] = case.batch / statistics.median(row["seconds"])
-        row["of_ceiling"] = row["samples_per_second"] * flops / ceiling
-        if chip is not None:
-            peak = chip.peak_tflops[case.precision] * 1e12
-            row["mfu"] = row["samples_per_second"] * flops / peak
+        if ceiling:
+            row["of_ceiling"] = row["samples_per_second"] * flops / ceiling
+        if peak is not None:
+            row["mfu"] = row["samples_per_second"] * flops / (peak * 1e12)
     peer = rows.get("open_clip, eager", {}).get("samples_per_second")
     for row in rows.values():
         if peer and "samples_per_second" in row:
@@ -292,8 +362,6 @@ def measure(case: Case, names: list[str], steps: int, repeats: int) -> dict[str,
         "gflops_per_sample": flops / 1e9,
         "ceiling_tflops": ceiling / 1e12,
         "contenders": rows,
-        "peak_host_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        "device_memory": jax.local_devices()[0].memory_stats(),
     }
 
 
@@ -317,7 +385,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of a turn")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--try", dest="toy", action="store_true", help="two layers, small batches")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.child:
+        serve(arguments.child, make_case(*arguments.case))
+        return
+    os.environ[PREALLOCATE] = "false"  # this process asks for the names of devices alone
     on_cpu = jax.default_backend() == "cpu"
     models = arguments.models or (list(CPU_BATCH) if on_cpu else list(GPU_BATCH))
     precision = arguments.precision or ("float32" if on_cpu else "bfloat16")
@@ -334,12 +408,16 @@ def main() -> None:
         )
         for contender, row in found["contenders"].items():
             if "failed" in row:
-                print(f"  {contender:22} {row['failed']}")
+                print(f"  {contender:22} {row['failed']}", flush=True)
                 continue
             ratio = f"{row['ratio_to_eager']:6.2f}x eager" if "ratio_to_eager" in row else ""
+            memory = (row.get("device_memory") or {}).get("peak_bytes_in_use")
+            share = f"{row['of_ceiling']:.1%} of the ceiling  " if "of_ceiling" in row else ""
             print(
-                f"  {contender:22} {row['samples_per_second']:10.2f} samples/s {ratio}  "
-                f"{row['of_ceiling']:.1%} of the ceiling  first loss {row['first_loss']:.4f}"
+                f"  {contender:22} {row['samples_per_second']:10.2f} samples/s {ratio}  {share}"
+                f"first loss {row['first_loss']:.4f}  peak "
+                f"{(memory or row['peak_host_bytes']) / 1e9:.1f} GB",
+                flush=True,
             )
     kind = jax.devices()[0].device_kind.replace(" ", "_").lower()
     suffix = "_try" if arguments.toy else ""

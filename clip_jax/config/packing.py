@@ -4,28 +4,45 @@ from clip_jax.config.errors import ConfigError
 from clip_jax.config.schema import ExperimentConfig, TextTowerConfig
 
 _REMEDY = "use config.data.packing.group_size=0"
+_GROUP_SIZES = (64, 32, 16, 8)  # of which the largest that fits is chosen; docs/data.md: savings
+
+
+def why_not_packed(text: TextTowerConfig) -> str | None:
+    """Why captions in one row would change each other's embeddings; None where they would not."""
+    if text.kind == "bert":
+        return "kind 'bert' attends both ways, over the whole row"
+    if text.kind == "cbow":
+        return "kind 'cbow' is a mean over the row, which costs next to nothing"
+    if not text.causal:
+        return (
+            "causal=False attends both ways and to padding, which is part of the embedding (SigLIP)"
+        )
+    if text.pooling != "eot":
+        return f"pooling '{text.pooling}' reads other tokens of the row than the end of text"
+    if text.eot_id is None:
+        return "eot_id None leaves no end of text to read an embedding at"
+    return None
 
 
 def check_packing(text: TextTowerConfig) -> None:
     """Raises ConfigError where captions in one row would change each other's embeddings."""
-    if text.kind == "bert":
-        reason = "kind 'bert' attends both ways, over the whole row"
-    elif text.kind == "cbow":
-        reason = "kind 'cbow' is a mean over the row, which costs next to nothing"
-    elif not text.causal:
-        reason = (
-            "causal=False attends both ways and to padding, which is part of the embedding (SigLIP)"
+    if reason := why_not_packed(text):
+        raise ConfigError(
+            f"config.data.packing needs a causal text tower that pools at the end of text: "
+            f"config.model.text.{reason}; {_REMEDY}"
         )
-    elif text.pooling != "eot":
-        reason = f"pooling '{text.pooling}' reads other tokens of the row than the end of text"
-    elif text.eot_id is None:
-        reason = "eot_id None leaves no end of text to read an embedding at"
-    else:
-        return
-    raise ConfigError(
-        f"config.data.packing needs a causal text tower that pools at the end of text: "
-        f"config.model.text.{reason}; {_REMEDY}"
-    )
+
+
+def choose_group_size(config: ExperimentConfig, num_devices: int) -> int:
+    """The largest group that lies in a microbatch of each of `num_devices` devices.
+
+    0, a caption to a row, where packing would not be exact or no group of eight or more divides.
+    num_devices: as for `check_packed_batch`.
+    """
+    if why_not_packed(config.model.text):
+        return 0
+    samples = config.global_batch_size // (num_devices * config.microbatches)
+    return next((size for size in _GROUP_SIZES if samples % size == 0), 0)
 
 
 def check_packed_batch(config: ExperimentConfig, num_devices: int = 1) -> None:

@@ -121,6 +121,7 @@ MAY_CHANGE_ON_RESUME = (
     "data.num_threads",
     "data.prefetch_batches",
     "data.cache_dir",
+    "data.packing",
     "stability",
     "evaluation",
     "checkpoint",

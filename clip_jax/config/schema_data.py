@@ -91,11 +91,14 @@ class PackingConfig:
     """Several captions to a row, for causal text towers that pool at the end of text.
 
     Each `group_size` consecutive samples of the global batch share `rows` rows, so it divides the
-    samples of a device in a microbatch. The embeddings are those of a caption to a row.
+    samples of a device in a microbatch. The embeddings are those of a caption to a row. A run
+    chooses what is None at its first start, from captions that it measures, and keeps it.
     """
 
-    group_size: int = 0  # samples; 0: a caption to a row
-    rows: int | None = None  # of a group; None: from captions measured at the first start
+    # Samples; 0: a caption to a row. None: 64 or the largest that divides, where packing is exact
+    # and saves rows, else 0.
+    group_size: int | None = None
+    rows: int | None = None  # of a group
 
 
 @dataclass(frozen=True, kw_only=True)

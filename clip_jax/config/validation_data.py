@@ -104,6 +104,11 @@ def _check_places(config: ExperimentConfig) -> None:
 
 def _check_packing(config: ExperimentConfig) -> None:
     group, rows = config.data.packing.group_size, config.data.packing.rows
+    if group is None and rows is not None:
+        raise ConfigError(
+            f"config.data.packing.rows {rows} is of a group whose size is not given; set "
+            "config.data.packing.group_size too, or neither"
+        )
     if not group:
         return
     check_packing(config.model.text)

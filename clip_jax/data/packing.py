@@ -5,6 +5,8 @@ decreasing (Johnson 1973). Where each lies depends on the lengths of its group a
 hosts, devices and workers nor on the other groups.
 """
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -18,6 +20,8 @@ from clip_jax.config.schema import DataConfig, SourceConfig
 from clip_jax.data.host_batches import choose_caption, sample_order
 from clip_jax.data.order import Place
 from clip_jax.data.record import Record, Source
+from clip_jax.data.sources.tar_paths import expand_tars
+from clip_jax.data.streams import SampleStream, StreamedSource
 from clip_jax.data.tokenizers import Tokenizer
 
 SHORTEST = 3  # tokens that a caption keeps whatever its group: start, one of the text, end
@@ -26,6 +30,8 @@ _NUM_MEASURED = 2**14  # captions: the error of their mean length is 0.8% of the
 _NUM_RESAMPLES = 8
 _NUM_DRAWN = 2**17  # captions of each: 13 of them are cut where 1e-4 are
 _NUM_READERS = 32  # threads: a read from a bucket takes 50 ms
+_NUM_STREAM_READERS = 16
+_WINDOW_BYTES = 2**24  # of encoded images that one of them holds
 
 
 class Layout(NamedTuple):
@@ -190,22 +196,31 @@ def _rows_of_sample(
 ) -> int:
     num_groups = -(-_NUM_DRAWN // group_size)
     drawn = rng.choice(lengths, (num_groups, group_size))
-    groups = np.sort(drawn, axis=1)[:, ::-1].tolist()
-    needed = [
-        1 + max(_first_fit(group, range(group_size), group_size, row_length)[0]) for group in groups
-    ]
+    groups_NG = np.sort(drawn, axis=1)[:, ::-1]
+    needed_N = _rows_needed(groups_NG, row_length)
     fewest = fewest_rows(group_size, row_length)
-    rows = max(*needed, fewest)
+    rows = max(int(needed_N.max()), fewest)
     while rows > fewest:
-        full = (g for g, rows_needed in zip(groups, needed, strict=True) if rows_needed > rows - 1)
         num_cut = 0
-        for group in full:
+        for group in groups_NG[needed_N > rows - 1].tolist():
             kept = lay_out(group, rows - 1, row_length).kept
             num_cut += sum(k < length for k, length in zip(kept, group, strict=True))
             if num_cut > max_cut * num_groups * group_size:
                 return rows
         rows -= 1
     return rows
+
+
+def _rows_needed(groups_NG: NDArray[np.integer], row_length: int) -> NDArray[np.int64]:
+    """Rows that first-fit takes for each of N groups of lengths, the longest first."""
+    num_groups, group_size = groups_NG.shape
+    room_NR = np.full((num_groups, group_size), row_length, np.int16)
+    every_N = np.arange(num_groups)
+    for length_N in groups_NG.T:
+        row_N = (room_NR >= length_N[:, None]).argmax(axis=1)
+        room_NR[every_N, row_N] -= length_N.astype(np.int16)
+    needed_N: NDArray[np.int64] = (room_NR < row_length).sum(axis=1)
+    return needed_N
 
 
 def measure_lengths(
@@ -220,8 +235,10 @@ def measure_lengths(
     """Tokens of captions of the mixture, start and end included, cut at `context_length`.
 
     Of the first samples of the order with this seed, a caption each as in training, without
-    reading images; bad samples are left out. Raises UserError where all are bad.
+    reading images; bad samples are left out. Of small sources, eight captions a sample. Raises
+    UserError where all are bad.
     """
+    num_captions = min(num_captions, 8 * sum(map(len, sources.values())))
     places = sample_order(config, sources, seed).places(range(num_captions))
 
     def read(place: Place) -> tuple[str, ...]:
@@ -238,10 +255,74 @@ def measure_lengths(
         for place, texts in zip(places, found, strict=True)
         if texts
     ]
+    return _lengths(captions, num_captions, config, tokenizer, context_length)
+
+
+def measure_streamed_lengths(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    context_length: int,
+    seed: int = 0,
+    num_captions: int = _NUM_MEASURED,
+) -> NDArray[np.int32]:
+    """As `measure_lengths`, of sources that stream: from the tars that each stream reads first.
+
+    Reads whole samples, as many as hold `num_captions` captions and at most 16 MiB of images from
+    each stream: 0.5 GB of photographs of 30 kB. Raises UserError where there are fewer tars than
+    streams, and as `SampleStream` does.
+    """
+    total = sum(source.weight for source in config.sources.values())
+    streams = config.stream.num_streams
+    jobs: list[tuple[SourceConfig, SampleStream]] = []
+    for name, source in config.sources.items():
+        opened = StreamedSource(
+            name=name,
+            tars=tuple(expand_tars(source.path)),
+            caption_keys=source.caption_keys,
+            caption_weights=source.caption_weights,
+        )
+        window = math.ceil(num_captions * source.weight / total / streams)
+        stream = dataclasses.replace(config.stream, window=window)
+        retries = config.read_retries
+        jobs += [
+            (
+                source,
+                SampleStream(
+                    opened, i, config=stream, seed=seed, retries=retries, window_bytes=_WINDOW_BYTES
+                ),
+            )
+            for i in range(streams)
+        ]
+
+    def read(source: SourceConfig, stream: SampleStream) -> list[Record]:
+        try:
+            return [sample.record._replace(image=b"") for sample in stream.read_block().samples]
+        finally:
+            stream.close()
+
+    with ThreadPoolExecutor(_NUM_STREAM_READERS) as readers:
+        found = list(readers.map(lambda job: read(*job), jobs))
+    rng = np.random.default_rng(seed)
+    captions = [
+        record.captions[choose_caption(source, record, rng)]
+        for (source, _), records in zip(jobs, found, strict=True)
+        for record in records
+    ]
+    return _lengths(captions, num_captions, config, tokenizer, context_length)
+
+
+def _lengths(
+    captions: Sequence[str],
+    num_samples: int,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    context_length: int,
+) -> NDArray[np.int32]:
     if not captions:
         raise UserError(
-            f"none of {num_captions} samples of {', '.join(sorted(sources))} has a caption that "
-            "can be read; `clip-jax data check` says why"
+            f"none of {num_samples} samples of {', '.join(sorted(config.sources))} has a caption "
+            "that can be read; `clip-jax data check` says why"
         )
     return np.array([len(ids) for ids in tokenizer.encode(captions, context_length)], np.int32)
 

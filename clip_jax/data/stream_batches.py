@@ -225,7 +225,7 @@ class StreamBatches(Iterator[Batch]):
 
     def __init__(self, run: StreamingRun, streams: range, states: NDArray[np.int64]) -> None:
         config = run.config
-        parts = _split(streams, run.rows, max(config.packing.group_size, 1), config.num_workers)
+        parts = _split(streams, run.rows, config.packing.group_size or 1, config.num_workers)
         ends = np.cumsum([len(part) for part in parts])
         self._states = states
         self._sources = run.sources

@@ -297,11 +297,16 @@ class ModifiedResNet(nnx.Module):
         'local' batch norm do not divide the rows.
         """
         num_groups = None if row_keys_B is None else self._num_groups(len(image_BHWC))
+        layout = self.execution.layout
+        if layout is not None:  # convolutions are not split over the tensor axis: rows are
+            image_BHWC = layout.all_rows(image_BHWC)
         image_BHWC = normalize_image(image_BHWC, self.config).astype(self.execution.dtype)
         x_BHWC = self.stem(image_BHWC, num_groups)
         for i in range(4):
             x_BHWC = getattr(self, f"stage_{i}")(x_BHWC, num_groups)
         x_BTC = x_BHWC.reshape(x_BHWC.shape[0], -1, x_BHWC.shape[-1])
+        if layout is not None:
+            x_BTC = layout.rows(x_BTC)
         return self.pooling(x_BTC), x_BTC
 
     def _num_groups(self, num_rows: int) -> int:

@@ -34,6 +34,16 @@ class Layout:
         sharding = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
         return jax.lax.with_sharding_constraint(x_B, sharding)
 
+    def all_rows(self, x_B: Array) -> Array:
+        """`x_B` [B, ...], by rows over all axes where they divide: for layers that `tensor` does
+
+        not split, which each of its devices would compute for the same rows.
+        """
+        if len(x_B) % self.mesh.size:
+            return self.rows(x_B)
+        sharding = NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
+        return jax.lax.with_sharding_constraint(x_B, sharding)
+
     def look_up(self, table_VD: Array, tokens_B: Array) -> Array:
         """Rows of a `token_embedding` [V, D] for integers [B, ...]: [B, ..., D].
 

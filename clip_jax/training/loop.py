@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,12 +20,12 @@ from clip_jax.checkpoint import (
 from clip_jax.config import ExperimentConfig, UserError, check_frozen
 from clip_jax.data.sources import cache_dir
 from clip_jax.evaluation.evaluate import Evaluator
-from clip_jax.parallel import from_first_process, make_mesh, to_global_batch
+from clip_jax.parallel import BATCH_AXES, from_first_process, make_mesh, to_global_batch
 from clip_jax.tasks import ContrastiveTask
 from clip_jax.training.clock import Clock, split_wait
 from clip_jax.training.goodput import Session
 from clip_jax.training.input import TrainingInput, describe_sources, open_sources
-from clip_jax.training.measured import count_epochs, keep_measured, measure_packing_rows
+from clip_jax.training.measured import count_epochs, keep_measured, measure_packing
 from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.origin import find_origin
 from clip_jax.training.profiling import Profiler
@@ -77,7 +78,8 @@ def train(
         sources = open_sources(config, cache)
         config = count_epochs(config, sources)
         tokenizer = prepare_tokenizer(config, sources, workdir)
-        config = measure_packing_rows(config, sources, tokenizer)
+        sharing = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+        config = measure_packing(config, sources, tokenizer, num_devices=sharing)
 
         # ---- Model, optimizer, evaluation ------------------------------------------------------
         task = ContrastiveTask(config, mesh)

@@ -3,19 +3,29 @@
 import dataclasses
 from collections.abc import Mapping
 
+import jax
+
 from clip_jax.checkpoint import Workdir
-from clip_jax.config import ConfigError, ExperimentConfig, resolve_lengths
-from clip_jax.data.configured_text import packing_rows
+from clip_jax.config import (
+    ConfigError,
+    ExperimentConfig,
+    PackingConfig,
+    check_devices,
+    resolve_lengths,
+)
+from clip_jax.config.packing import check_packed_batch
+from clip_jax.data.configured_text import choose_packing
 from clip_jax.data.record import Source
 from clip_jax.data.tokenizers import Tokenizer
-from clip_jax.parallel import from_first_process
+from clip_jax.parallel import from_first_process, on_all_processes
 
 
 def keep_measured(config: ExperimentConfig, workdir: Workdir) -> ExperimentConfig:
     """The config with what the run in `workdir` has measured before, of the same sources.
 
-    Those are the samples of an epoch and, for the same captions in the same groups, the rows of a
-    group. Else they are measured anew.
+    Those are the samples of an epoch and, for the same captions, the groups that share rows and
+    their rows. Else they are measured anew. Raises ConfigError where the mesh does not fit the
+    devices.
     """
     if not from_first_process(workdir.exists()):
         return config
@@ -24,11 +34,23 @@ def keep_measured(config: ExperimentConfig, workdir: Workdir) -> ExperimentConfi
         return config
     if config.epoch_samples is None:
         config = dataclasses.replace(config, epoch_samples=saved.epoch_samples)
-    packing, saved_packing = config.data.packing, saved.data.packing
-    same_length = config.model.text.context_length == saved.model.text.context_length
-    if packing.rows is None and packing.group_size == saved_packing.group_size and same_length:
-        config = _with_rows(config, saved_packing.rows)
+    if config.model.text.context_length == saved.model.text.context_length:
+        config = _with_packing(config, _kept_packing(config, saved.data.packing))
     return resolve_lengths(config, config.epoch_samples)
+
+
+def _kept_packing(config: ExperimentConfig, saved: PackingConfig) -> PackingConfig:
+    """That of the saved run where it is the one asked for; a chosen group must fit the devices."""
+    packing = config.data.packing
+    if packing.group_size is not None:
+        same = packing.rows is None and packing.group_size == saved.group_size
+        return saved if same else packing
+    data, fsdp, _ = check_devices(config, jax.device_count())
+    try:
+        check_packed_batch(_with_packing(config, saved), data * fsdp)
+    except ConfigError:
+        return packing  # more devices than it was chosen for: smaller groups, the same embeddings
+    return saved
 
 
 def count_epochs(config: ExperimentConfig, sources: Mapping[str, Source]) -> ExperimentConfig:
@@ -51,19 +73,32 @@ def count_epochs(config: ExperimentConfig, sources: Mapping[str, Source]) -> Exp
     return resolve_lengths(config, config.epoch_samples)
 
 
-def measure_packing_rows(
-    config: ExperimentConfig, sources: Mapping[str, Source], tokenizer: Tokenizer
+def measure_packing(
+    config: ExperimentConfig,
+    sources: Mapping[str, Source],
+    tokenizer: Tokenizer,
+    *,
+    num_devices: int = 1,
 ) -> ExperimentConfig:
-    """The config with `data.packing.rows`, chosen from captions where it is not given.
+    """The config with `data.packing` chosen from captions where it is not given.
 
-    All processes get what the first one measures. Raises UserError as `packing_rows` does.
+    num_devices: those that share the batch. All processes get what the first one measures. Raises
+    UserError as `choose_packing` does.
     """
-    rows = packing_rows(config, sources, tokenizer)
-    if rows is None or rows == config.data.packing.rows:
+    packing = config.data.packing
+    if packing.group_size == 0 or packing.rows is not None:
         return config
-    return _with_rows(config, from_first_process(rows))
+
+    def choose() -> PackingConfig:
+        if jax.process_index():  # a bucket need not answer all of them
+            return PackingConfig(group_size=0)
+        return choose_packing(config, sources, tokenizer, num_devices=num_devices)
+
+    chosen = on_all_processes(choose)
+    group = from_first_process(chosen.group_size or 0)
+    rows = from_first_process(chosen.rows or 0)
+    return _with_packing(config, PackingConfig(group_size=group, rows=rows or None))
 
 
-def _with_rows(config: ExperimentConfig, rows: int | None) -> ExperimentConfig:
-    packing = dataclasses.replace(config.data.packing, rows=rows)
+def _with_packing(config: ExperimentConfig, packing: PackingConfig) -> ExperimentConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, packing=packing))

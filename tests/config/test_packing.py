@@ -4,7 +4,7 @@ import pytest
 from small import small_config
 
 from clip_jax.config import PRESETS, ConfigError, TextTowerConfig, preset
-from clip_jax.config.packing import check_packed_batch, check_packing
+from clip_jax.config.packing import check_packed_batch, check_packing, choose_group_size
 from clip_jax.config.schema import PackingConfig
 
 
@@ -50,3 +50,29 @@ def test_groups_lie_within_a_microbatch_of_a_device():
         check_packed_batch(config, 16)
     with pytest.raises(ConfigError, match=r"group_size 48 does not divide the 128 .* nearest: 32"):
         check_packed_batch(packed_config(48, global_batch_size=128))
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_devices", "expected"),
+    [
+        ({"global_batch_size": 32_768}, 8, 64),
+        ({"global_batch_size": 90_112}, 64, 64),  # 1,408 each
+        ({"global_batch_size": 33_792}, 176, 64),  # 192 each
+        ({"global_batch_size": 128, "microbatches": 2}, 2, 32),
+        ({"global_batch_size": 24}, 1, 8),
+        ({"global_batch_size": 28}, 1, 0),  # less than eight share rows: little is saved
+    ],
+)
+def test_the_largest_group_that_every_device_holds_whole(changes, num_devices, expected):
+    config = small_config(**changes)
+    group = choose_group_size(config, num_devices)
+    assert group == expected
+    data = dataclasses.replace(config.data, packing=PackingConfig(group_size=group))
+    check_packed_batch(dataclasses.replace(config, data=data), num_devices)
+
+
+def test_no_group_where_packing_would_not_be_exact():
+    config = small_config(global_batch_size=32_768)
+    text = dataclasses.replace(config.model.text, causal=False, pooling="last")
+    model = dataclasses.replace(config.model, text=text)
+    assert choose_group_size(dataclasses.replace(config, model=model), 8) == 0

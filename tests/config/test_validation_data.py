@@ -36,6 +36,7 @@ PACKED = {"data__packing__group_size": 8}
             "group_size 12 does not divide the 32 samples of a device in a microbatch",
         ),
         (PACKED | {"data__packing__rows": 9}, "rows 9 is more than group_size 8"),
+        ({"data__packing__rows": 9}, "rows 9 is of a group whose size is not given"),
         (PACKED | {"model__text__causal": False}, "packing"),
         ({"data__stream__window": 0}, "config.data.stream.window must be positive, got 0"),
     ],

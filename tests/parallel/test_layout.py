@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import mesh_of, small_config, small_model
+from small import mesh_of, small_batch, small_config, small_model
 
+from clip_jax.config import ImageTowerConfig
 from clip_jax.parallel import Layout, batch_sharding
 from clip_jax.planning import Program
 from clip_jax.tasks import ContrastiveTask
@@ -110,3 +111,37 @@ def test_kernels_travel_in_the_dtype_of_the_products():
     assert whole["mlp"]["up"]["kernel"].dtype == jnp.bfloat16
     assert whole["mlp"]["up"]["bias"].dtype == jnp.float32
     assert dataclasses.replace(Layout(mesh_of()), mesh=mesh_of()).whole(tree) is tree
+
+
+def test_rows_over_all_axes_where_they_divide():
+    mesh = mesh_of(data=2, fsdp=2, tensor=2)
+    for num, expected in ((16, ("data", "fsdp", "tensor")), (12, ("data", "fsdp"))):
+        x = jax.jit(Layout(mesh).all_rows)(jnp.ones((num, 3)))
+        assert x.sharding.spec[0] == expected
+
+
+@pytest.mark.slow
+def test_a_resnet_has_the_gradients_of_one_device():
+    """Its convolutions take other rows on each device of the tensor axis."""
+    image = ImageTowerConfig(
+        kind="resnet",
+        image_size=64,
+        patch_size=32,
+        resnet_layers=(1, 1, 1, 1),
+        width=8,
+        num_heads=4,
+        class_token=False,
+    )
+    config = small_config(global_batch_size=16, model=small_model(image=image))
+    batch, found = small_batch(config), []
+    for mesh in (mesh_of(), mesh_of(data=2, fsdp=2, tensor=2)):
+        task = ContrastiveTask(config, mesh)
+        params, model_state = task.init(jax.random.key(0))
+        gradient = jax.jit(jax.value_and_grad(task.loss, has_aux=True))
+        (loss, (state, _)), gradients = gradient(
+            params, model_state, batch, rng=jax.random.key(1), step=jnp.int32(0)
+        )
+        found.append(jax.device_get((loss, state, gradients)))
+    for one, eight in zip(*map(jax.tree.leaves, found), strict=True):
+        # Batch norm divides by deviations of a few values: relative to the array's largest.
+        np.testing.assert_allclose(eight, one, atol=1e-4 * max(np.abs(one).max(), 1e-3))

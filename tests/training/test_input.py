@@ -31,7 +31,8 @@ from clip_jax.training.input import (
     open_sources,
 )
 from clip_jax.training.loop import train
-from clip_jax.training.measured import count_epochs, keep_measured, measure_packing_rows
+from clip_jax.training.measured import count_epochs, keep_measured, measure_packing
+from clip_jax.training.resume import check_workdir
 
 NUM_TARS = 4
 
@@ -178,10 +179,10 @@ def test_a_range_is_skipped_on_the_way(config, tokenizer, tmp_path):
 def test_rows_of_packed_text_are_measured_once(config, tokenizer, tmp_path):
     config = with_data(config, packing=PackingConfig(group_size=8))
     sources = open_sources(config, tmp_path / "cache")
-    measured = measure_packing_rows(config, sources, tokenizer)
+    measured = measure_packing(config, sources, tokenizer)
     # "caption 12" is four tokens or more with its ends, and rows have eight.
     assert 1 < measured.data.packing.rows <= 8
-    assert measure_packing_rows(measured, {}, tokenizer) == measured
+    assert measure_packing(measured, {}, tokenizer) == measured
     workdir = Workdir(tmp_path)
     assert keep_measured(config, workdir) == config
     given = with_data(config, packing=PackingConfig(group_size=8, rows=7))
@@ -195,7 +196,30 @@ def test_rows_of_packed_text_are_measured_once(config, tokenizer, tmp_path):
     assert keep_measured(config, workdir) == config
     config = with_data(given, packing=PackingConfig(group_size=8))
     with pytest.raises(UserError, match=r"rows must be given where sources stream"):
-        measure_packing_rows(streaming(config), {}, tokenizer)
+        measure_packing(streaming(config), {}, tokenizer)
+
+
+def test_packing_is_chosen_once_and_again_for_more_devices(config, tokenizer, tmp_path):
+    text = dataclasses.replace(config.model.text, context_length=16)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, text=text))
+    sources = open_sources(config, tmp_path / "cache")
+    chosen = measure_packing(config, sources, tokenizer, num_devices=4).data.packing
+    assert chosen.group_size == 8
+    assert chosen.rows < 8
+    workdir = Workdir(tmp_path)
+    started = with_data(config, packing=chosen)
+    workdir.save_config(started)
+    on_eight = dataclasses.replace(config, mesh=(1, 8, 1))
+    # Eight devices that share the batch hold four samples each: no group of eight.
+    assert keep_measured(on_eight, workdir).data.packing == PackingConfig()
+    assert "data.packing.group_size" in check_workdir(workdir, on_eight, allow_config_change=False)
+    on_four = dataclasses.replace(config, mesh=(4, 1, 2))
+    assert keep_measured(on_four, workdir).data.packing == chosen
+    # A run that was started without keeps to that.
+    workdir.save_config(with_data(config, packing=PackingConfig(group_size=0)))
+    assert keep_measured(config, workdir).data.packing == PackingConfig(group_size=0)
+    none = with_data(config, packing=PackingConfig(group_size=0))
+    assert measure_packing(none, {}, tokenizer) == none
 
 
 def test_sources_in_words(config, tmp_path):
@@ -206,7 +230,9 @@ def test_sources_in_words(config, tmp_path):
 
 def test_a_run_on_streams_with_packed_text(config, tmp_path):
     """Six steps, and the last three again from the checkpoint between: the same numbers."""
-    config = streaming(config, packing=PackingConfig(group_size=4, rows=3))
+    text = dataclasses.replace(config.model.text, context_length=16)
+    model = dataclasses.replace(config.model, text=text)
+    config = dataclasses.replace(streaming(config), model=model, global_batch_size=64)
     workdir = Workdir(tmp_path / "run")
     assert train(config, workdir).finished
     whole, bad = facts(workdir), workdir.bad_samples().read_text()
@@ -215,6 +241,9 @@ def test_a_run_on_streams_with_packed_text(config, tmp_path):
     shutil.rmtree(workdir.checkpoints / "6")
     assert train(config, workdir).finished
     assert facts(workdir) == whole
+    packing = workdir.load_config().data.packing  # chosen: each of eight devices has a group
+    assert packing.group_size == 8
+    assert packing.rows < 8
     places = [json.loads(line)["position"] for line in bad.splitlines()]
     resumed = workdir.bad_samples().read_text().splitlines()
     assert [json.loads(line)["position"] for line in resumed] == places
