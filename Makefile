@@ -6,7 +6,7 @@ DEFAULT_VERSION := $(shell python3 -c 'import sys; print("%d.%d" % sys.version_i
 VENV := $(if $(filter $(DEFAULT_VERSION),$(VERSION)),.venv,.venv-$(VERSION))
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow environment test-environment lint types imports unit format clean
+.PHONY: quickstart test test-slow test-aot environment test-environment lint types imports unit format clean
 
 # glibc hands memory back to the system and asks for it again at every step, 5 to 12% of the time of
 # small steps on a CPU (docs/lab-log.md); with these it keeps it. Other systems ignore them.
@@ -36,6 +36,11 @@ unit: $(VENV)/.test
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
+# Every recipe compiled for TPUs and GPUs that are not there: an hour on two cores, minutes when
+# nothing has changed. Results are kept in the cache folder.
+test-aot: $(VENV)/.aot
+	$(BIN)/python -m pytest -n 2 --dist load -m aot tests/aot
+
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -56,6 +61,10 @@ $(VENV)/.quickstart: pyproject.toml $(VENV)/.made
 $(VENV)/.test: pyproject.toml $(VENV)/.made
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,verify]'
 	@touch $@ $(VENV)/.quickstart
+
+$(VENV)/.aot: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[plan-tpu,plan-cuda]'
+	@touch $@
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info

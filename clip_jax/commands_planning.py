@@ -1,17 +1,124 @@
-"""What `clip-jax doctor` does: arguments in, one call out. Heavy imports are late."""
+"""What `clip-jax plan` and `doctor` do: arguments in, one call out. Heavy imports are late."""
 
 import argparse
 import json
+import logging
 import os
+import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip_jax.config.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
+    from clip_jax.config import ExperimentConfig
+    from clip_jax.planning.calibration import Calibration
     from clip_jax.planning.doctor import Diagnosis
+    from clip_jax.planning.topology import Topology
+
+
+def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """0 where the recipe fits and nothing is an error, else 2; warnings count for nothing."""
+    figures, page = _output("--json", arguments.json), _output("--html", arguments.html)
+    price, most = arguments.price_per_chip_hour, arguments.max_compiles
+    if price is not None and not 0 < price < float("inf"):
+        raise UserError(f"--price_per_chip_hour is more than 0, got {price:g}")
+    if most is not None and most < 1:
+        raise UserError(f"--max_compiles is 1 or more, got {most}")
+    measured = None if arguments.measured is None else Path(arguments.measured).expanduser()
+    if measured is not None and not (measured / "config.json").is_file():
+        raise UserError(f"--measured {measured} is no workdir: it has no config.json")
+    from clip_jax.planning.topology import open_topology, parse_topology, prepare
+
+    wanted = parse_topology(arguments.topology)
+    from clip_jax.config import check_devices
+    from clip_jax.config.load import load_config
+
+    config = load_config([f"--config={arguments.config}", *overrides])
+    prepare(wanted)  # before anything asks JAX for devices
+    from clip_jax.planning.sweep import parse_axes
+
+    axes = () if arguments.sweep is None else parse_axes(arguments.sweep)
+    topology = open_topology(arguments.topology)
+    check_devices(config, topology.num_devices)
+    from clip_jax.data.sources import cache_dir
+    from clip_jax.planning.plan import Wishes, make_plan
+
+    if measured is not None:
+        from clip_jax.planning.estimate import compare
+
+        compare(measured, config, 1.0)  # whether it can be, before minutes of compiling
+    wishes = Wishes(
+        calibration=_calibration(arguments, config, topology),
+        price_per_chip_hour=price,
+        measured=measured,
+        searches=not arguments.no_search,
+        sweep=axes,
+        max_compiles=most,
+    )
+    cache = cache_dir(config.data) / "plans"
+    # What is kept whole is among the findings, once and not for each mesh that is tried.
+    with _without_warnings("clip_jax.parallel.sharding"):
+        made = make_plan(config, topology, wishes, cache=cache, progress=_say)
+    from clip_jax.planning.page import write_plan_page
+    from clip_jax.planning.report import text
+    from clip_jax.planning.report_json import to_json
+
+    print(text(made, width=shutil.get_terminal_size((100, 24)).columns), end="")
+    try:
+        if figures is not None:
+            figures.write_text(json.dumps(to_json(made), indent=2) + "\n")
+        if page is not None:
+            write_plan_page(page, made)
+            print(f"page: {page}")
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be written: {error.strerror}") from None
+    return made.exit_code
+
+
+def _calibration(
+    arguments: argparse.Namespace, config: "ExperimentConfig", topology: "Topology"
+) -> "Calibration | None":
+    from clip_jax.data.sources import cache_dir
+    from clip_jax.planning.calibration import calibrate, load_calibration, save_calibration
+
+    cache = cache_dir(config.data)
+    if not arguments.calibrate:
+        return load_calibration(topology, cache)
+    _say(f"measuring this machine, for {topology.name}")
+    calibration = calibrate(topology)
+    _say(f"calibration: {save_calibration(calibration, cache)}")
+    return calibration
+
+
+@contextmanager
+def _without_warnings(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _say(line: str) -> None:
+    """On the other stream, so that the report can be kept alone."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def _output(flag: str, name: str | None) -> Path | None:
+    """Raises UserError, before anything is computed, where a file of this name cannot be made."""
+    if name is None:
+        return None
+    path = Path(name).expanduser().absolute()
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"{flag} {path} cannot be made: name a file in a folder that is there")
+    return path
 
 
 def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -19,9 +126,7 @@ def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
     hosts, devices = arguments.num_hosts, arguments.num_devices
     if hosts < 1 or (devices is not None and devices < 1):
         raise UserError("--num_hosts and --num_devices are 1 or more")
-    output = None if arguments.json is None else Path(arguments.json).expanduser().absolute()
-    if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        raise UserError(f"--json {output} cannot be made: name a file in a folder that is there")
+    output = _output("--json", arguments.json)
     started = time.monotonic()
     from clip_jax.planning.doctor import DEVICE_SECONDS, SECONDS, diagnose, diagnose_machine
     from clip_jax.planning.doctor_case import Case, Finding

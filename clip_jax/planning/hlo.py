@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
+from clip_jax.planning.hlo_arrays import Array, arrays_of, dtype_bytes
 from clip_jax.planning.hlo_groups import device_groups
 from clip_jax.planning.hlo_products import convolution_flops, dot_flops, gemm_flops
 
@@ -17,27 +18,36 @@ COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "coll
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
-_ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
 _OPCODE = re.compile(r"(?:^|[\s)}\]])([a-z][a-z0-9\-]*)\(")
 _CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations)=\{?%?([\w.\-, %]+)\}?")
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{\s*"?n"?:\s*"?(\d+)')
 _INDEX = re.compile(r"get-tuple-element\(.*?\), index=(\d+)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
-_BITS = re.compile(r"\D+(\d+)")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Instruction:
     name: str
     opcode: str
-    shapes: list[tuple[str, tuple[int, ...]]]  # of the result
+    arrays: tuple[Array, ...]  # of the result
     text: str
     is_root: bool = False  # what its computation returns
 
+    @functools.cached_property
+    def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Of the result: dtype and dims."""
+        return [(array.dtype, array.dims) for array in self.arrays]
+
     @property
     def num_bytes(self) -> int:
-        return sum(_num_bytes(dtype) * math.prod(shape) for dtype, shape in self.shapes)
+        return sum(array.num_bytes for array in self.arrays)
+
+    @property
+    def channel(self) -> str:
+        """Of a collective; '' where it has none."""
+        match = _CHANNEL.search(self.text)
+        return match[1] if match else ""
 
     @property
     def op_name(self) -> str:
@@ -58,6 +68,7 @@ class Collective:
     shapes: tuple[tuple[str, tuple[int, ...]], ...]  # of its operands
     groups: tuple[tuple[int, ...], ...]  # devices by their place in the mesh, flat
     times: int
+    channel: str = ""  # what the copies share that are spread over fusions; '' for others
 
     @property
     def num_elements(self) -> int:
@@ -120,6 +131,25 @@ class Program:
                 around = inside if instruction.opcode == "fusion" else ()
                 stack += [((*around, part), inner) for part in self._called(instruction)]
 
+    def parts(
+        self, instruction: Instruction, computation: dict[str, Instruction]
+    ) -> list[tuple[str, int]]:
+        """Computations that an instruction runs as a program of their own, and how often.
+
+        Loops, branches (each as if taken) and calls; not what a fusion or a reduction computes.
+        """
+        if instruction.opcode == "while":
+            body = re.search(r"body=%?([\w.\-]+)", instruction.text)
+            assert body is not None, instruction.text
+            return [(body[1], self._trip_count(instruction, computation))]
+        if instruction.opcode in ("call", "conditional", "async-start"):
+            return [(part, 1) for part in self._called(instruction)]
+        return []
+
+    def called(self, fusion: Instruction) -> dict[str, Instruction]:
+        """The computation of a fusion."""
+        return self.computations[self._called(fusion)[0]]
+
     def _called(self, instruction: Instruction) -> list[str]:
         if instruction.opcode in ("async-update", "async-done"):
             return []  # they name the computation that their start has called
@@ -164,17 +194,17 @@ class Program:
             kind = instruction.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
-            channel = _CHANNEL.search(instruction.text)
-            if len(inside) > 1 and channel is not None:
+            channel = instruction.channel if len(inside) > 1 else ""
+            if channel:
                 # TPUs spread one collective over the fusions that it runs behind, whole in each.
-                if (kind, channel[1]) in fused:
+                if (kind, channel) in fused:
                     continue
-                fused.add((kind, channel[1]))
-                times = self._times_in_fusions(kind, channel[1])
+                fused.add((kind, channel))
+                times = self._times_in_fusions(kind, channel)
             groups = device_groups(instruction.text)
             computation = self.computations[inside[-1]]
             shapes = [shape for n in operands(instruction) for shape in computation[n].shapes]
-            num_bytes = sum(_num_bytes(dtype) * math.prod(dims) for dtype, dims in shapes)
+            num_bytes = sum(dtype_bytes(dtype) * math.prod(dims) for dtype, dims in shapes)
             if kind == "all-gather":
                 num_bytes *= max(len(group) for group in groups)
             if kind == "all-reduce" and inside[-1].startswith("all-reduce-scatter"):
@@ -188,6 +218,7 @@ class Program:
                     tuple(shapes),
                     groups,
                     times,
+                    channel,
                 )
             )
         return found
@@ -202,7 +233,7 @@ class Program:
             for instruction, times, inside in self._walk()
             if len(inside) > 1
             and instruction.opcode.removesuffix("-start") == kind
-            and f"channel_id={channel}," in instruction.text
+            and instruction.channel == channel
         )
 
     @functools.cached_property
@@ -270,16 +301,7 @@ def operands(instruction: Instruction) -> list[str]:
 def _parse(name: str, text: str, *, is_root: bool) -> Instruction:
     opcode = _OPCODE.search(text)
     result = text[: opcode.start(1)] if opcode else text
-    shapes = [
-        (dtype, tuple(int(n) for n in dims.split(",") if n))
-        for dtype, dims in _ARRAY.findall(result)
-    ]
-    return Instruction(name, opcode[1] if opcode else "", shapes, text, is_root)
-
-
-def _num_bytes(dtype: str) -> int:
-    bits = _BITS.match(dtype)  # bf16, s32, f8e4m3fn; pred has none
-    return max(1, int(bits[1]) // 8) if bits else 1
+    return Instruction(name, opcode[1] if opcode else "", arrays_of(result), text, is_root)
 
 
 def _place(device: int, sizes: list[int]) -> tuple[int, ...]:

@@ -1,0 +1,123 @@
+"""`clip-jax plan` as a user meets it, on simulated devices; its errors come before any compiler."""
+
+import json
+import os
+import sys
+
+import pytest
+from data.tars import pairs, write_tar
+
+from clip_jax.cli import main
+
+RECIPE = """
+from clip_jax.config import *
+
+def get_config():
+    return ExperimentConfig(
+        name="small", num_samples_seen=1600, global_batch_size=16, precision="float32",
+        mesh=(2, 2, 1),
+        model=ModelConfig(
+            image=ImageTowerConfig(image_size=16, patch_size=8, width=32, depth=1, num_heads=2),
+            text=TextTowerConfig(
+                vocab_size=300, eot_id=2, context_length=8, width=32, depth=1, num_heads=2),
+            embed_dim=16),
+        data=DataConfig(sources={"pairs": SourceConfig(path="pairs.tar")}, cache_dir="CACHE",
+            tokenizer=TokenizerConfig(kind="bpe"), packing=PackingConfig(group_size=0)),
+        schedule=ScheduleConfig(warmup_steps=1),
+        evaluation=EvaluationConfig(batch_size=16),
+    )
+"""
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """A plan sets variables before JAX starts, which is a matter of its own process."""
+    kept = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(kept)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+    write_tar(folder / "pairs.tar", pairs(0, 4))
+    path = folder / "recipe.py"
+    path.write_text(RECIPE.replace("CACHE", str(folder / "cache")))
+    return path
+
+
+def plan(recipe, *arguments, topology="cpu:4"):
+    return main(["plan", f"--config={recipe}", f"--topology={topology}", *map(str, arguments)])
+
+
+def test_a_plan_for_four_cpu_devices(recipe, capsys):
+    folder = recipe.parent
+    files = (f"--json={folder / 'plan.json'}", f"--html={folder / 'plan.html'}")
+    assert plan(recipe, *files, "--price_per_chip_hour=3") == 0
+    shown = capsys.readouterr()
+    assert shown.err.startswith("compiling small for cpu:4: mesh 2x2x1, microbatches 1, remat none")
+    lines = shown.out.splitlines()
+    assert lines[0].startswith("small on cpu:4: compiles: ")
+    assert "  mesh                        data 2, fsdp 2, tensor 1" in lines
+    assert "  steps                       100: 1,600 samples" in lines
+    assert any(line.startswith("  all-reduce") for line in lines)
+    assert f"page: {folder / 'plan.html'}" in lines
+    content = json.loads((folder / "plan.json").read_text())
+    assert content["fits"]
+    # The compiler's own figures agree with those that a search goes by.
+    memory, state = content["memory"], content["state_bytes"]
+    assert memory["parameters"] == state["parameters"] > 0
+    assert memory["optimizer"] + memory["model_state"] == state["rest"] > 0
+    estimate = content["shown"]["estimate"]
+    needed = content["shown"]["analytic_flops_per_sample"] * 16
+    assert estimate["flops"] * 4 == pytest.approx(needed, rel=0.1)
+    assert estimate["cost"][1] == pytest.approx(3 * estimate["chip_hours"][1])
+    assert "<title>small on cpu:4</title>" in (folder / "plan.html").read_text()
+    # Compiled once: the second comes from the cache.
+    assert not content["shown"]["cached"]
+    assert plan(recipe, files[0]) == 0
+    assert json.loads((folder / "plan.json").read_text())["shown"]["cached"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "topology", "message"),
+    [
+        ((), "v9:4x4", "there is no topology 'v9:4x4'"),
+        (("--config.mesh=(3, 1, 1)",), "cpu:4", "config.mesh (3, 1, 1) needs 3 devices"),
+        (("--config.mesh=(1, 1, 4)",), "cpu:4", "num_heads 2 is not divisible by the tensor axis"),
+        (("--config.global_batch_size=18",), "cpu:4", "18 is not divisible by 4 data-parallel"),
+        (("--json=missing/plan.json",), "cpu:4", "missing/plan.json cannot be made"),
+        (("--html=missing/plan.html",), "cpu:4", "missing/plan.html cannot be made"),
+        (("--sweep=mesh,layers",), "cpu:4", "'layers' is none of mesh,microbatches,remat"),
+        (("--price_per_chip_hour=0",), "cpu:4", "--price_per_chip_hour is more than 0, got 0"),
+        (("--max_compiles=0",), "cpu:4", "--max_compiles is 1 or more, got 0"),
+        (("--measured=missing",), "cpu:4", "--measured missing is no workdir"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_nothing_is_compiled(
+    recipe, capsys, arguments, topology, message
+):
+    assert plan(recipe, *arguments, topology=topology) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.count("\n") == 1
+    assert shown.err.startswith("clip-jax: ")
+    assert message in shown.err
+
+
+@pytest.mark.parametrize(
+    ("topology", "modules", "extra"),
+    [
+        ("v5e:4x4", ("libtpu",), "plan-tpu"),
+        ("h100x8", ("jax_cuda13_plugin", "jax_cuda12_plugin"), "plan-cuda"),
+    ],
+)
+def test_a_compiler_that_is_not_installed_is_named_with_its_extra(
+    recipe, capsys, monkeypatch, topology, modules, extra
+):
+    for name in modules:
+        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.setattr("sys.path", [])
+    assert plan(recipe, topology=topology) == 2
+    assert f"pip install 'clip-jax-training[{extra}]'" in capsys.readouterr().err

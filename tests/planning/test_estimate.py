@@ -1,0 +1,276 @@
+"""Times of a step by hand, from programs of a few instructions."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+from planning.plan_cases import chip_named, step_of
+from planning.test_calibration import calibration_of
+from small import small_config
+
+from clip_jax.config import UserError, to_json
+from clip_jax.planning import Program
+from clip_jax.planning.estimate import Range, compare, estimate
+from clip_jax.planning.estimate_schedule import Schedule
+from clip_jax.planning.estimate_speeds import EXPECTED, PEAK, SLOW, chip_speeds
+from clip_jax.planning.topology import Topology
+from clip_jax.planning.traffic import Reader
+
+H100 = chip_named("H100 SXM")
+FLOPS, BANDWIDTH, NVLINK = 989.4e12, 3350e9, 450e9
+
+# A product that computes, 2 * 4096**3 FLOPs, and a copy that moves, twice 64 MB.
+STEP = """
+ENTRY %main (a: bf16[4096,4096]) -> bf16[4096,4096] {
+  %a = bf16[4096,4096]{1,0} parameter(0)
+  BEFORE
+  %dot = bf16[4096,4096]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  AFTER
+  %wide = f32[4096,4096]{1,0} convert(%dot)
+  ROOT %out = f32[4096,4096]{1,0} copy(%wide)
+}
+"""
+SIDE = 4096
+PRODUCT = 2 * SIDE**3 / FLOPS
+MOVED = (6 + 8) * SIDE**2 / BANDWIDTH  # the convert and the copy
+START = (
+    "%start = (bf16[4096,4096]{1,0}, bf16[8192,4096]{1,0}) all-gather-start(%a), "
+    "replica_groups={{0,1}}, dimensions={0}"
+)
+DONE = "%done = bf16[8192,4096]{1,0} all-gather-done(%start)"
+SENT = 2 * 2 * SIDE**2 / 2 / NVLINK
+
+
+def program_of(before="", after=""):
+    return STEP.replace("BEFORE", before).replace("AFTER", after)
+
+
+def topology_of(num_devices=1, *, platform="gpu", chip=H100):
+    return Topology(
+        name="made:by-hand",
+        platform=platform,
+        devices=tuple(jax.devices()[:num_devices]),
+        chip=chip,
+        num_hosts=1,
+        num_slices=1,
+        memory_bytes=None,
+    )
+
+
+def estimate_of(program, num_devices=1, *, topology=None, changes=(), **settings):
+    config = small_config(
+        mesh=(num_devices, 1, 1), precision="bfloat16", num_steps=86400, **dict(changes)
+    )
+    step = step_of(config, program=program, analytic_flops=10**12)
+    return estimate(step, topology or topology_of(num_devices), **settings)
+
+
+def test_each_instruction_takes_the_longer_of_computing_and_moving():
+    found = estimate_of(program_of())
+    assert found.flops == 2 * SIDE**3
+    assert found.flops_by_dtype == {"bf16": 2 * SIDE**3}
+    assert found.memory_bytes == (6 + 6 + 8) * SIDE**2  # a is both operands of the product
+    assert found.compute_seconds == pytest.approx(PRODUCT)
+    assert found.chip_seconds == pytest.approx(PRODUCT + MOVED)
+    assert found.bound_by == "compute"
+    low, expected, high = found.step_seconds
+    assert low == pytest.approx(PRODUCT + MOVED)
+    shares = EXPECTED["gpu"]
+    kernels = 3 * shares.kernel_seconds
+    assert expected == pytest.approx(PRODUCT / shares.products + MOVED / shares.memory + kernels)
+    assert high > expected
+
+
+def test_what_a_run_costs_follows_from_the_step_time():
+    found = estimate_of(program_of(), price_per_chip_hour=2.5)
+    seconds = found.step_seconds
+    assert found.samples_per_second == pytest.approx(Range(*(32 / each for each in seconds)))
+    assert found.days == pytest.approx(seconds)  # 86,400 steps
+    assert found.chip_hours == pytest.approx(Range(*(24 * each for each in seconds)))
+    assert found.cost == pytest.approx(Range(*(60 * each for each in seconds)))
+    # As `training.throughput`: analytic FLOPs of the batch against the peak.
+    assert found.mfu == pytest.approx(Range(*(32 * 1e12 / each / FLOPS for each in seconds)))
+
+
+def test_low_hides_all_communication_and_high_none():
+    sync = "%sync = bf16[8192,4096]{1,0} all-gather(%a), replica_groups={{0,1}}, dimensions={0}"
+    found = estimate_of(program_of(before=sync), 2)
+    (traffic,) = found.traffic
+    assert (traffic.kind, traffic.axes, traffic.link) == ("all-gather", ("data",), "NVLink")
+    assert traffic.num_bytes == 2 * SIDE**2
+    assert traffic.seconds == pytest.approx(SENT) == found.communication_seconds
+    assert traffic.asynchronous == 0
+    alone = estimate_of(program_of(), 2)
+    assert found.step_seconds.low == pytest.approx(alone.step_seconds.low)
+    for name, shares in (("expected", EXPECTED["gpu"]), ("high", SLOW["gpu"])):
+        more = getattr(found.step_seconds, name) - getattr(alone.step_seconds, name)
+        assert more == pytest.approx(SENT / shares.links + shares.link_seconds["NVLink"])
+
+
+def test_expected_hides_what_has_work_between_its_start_and_its_done():
+    alone = estimate_of(program_of(), 2)
+    behind = estimate_of(program_of(before=START, after=DONE), 2)
+    assert behind.traffic[0].asynchronous == pytest.approx(1)
+    assert behind.step_seconds.expected == pytest.approx(alone.step_seconds.expected)
+    at_once = estimate_of(program_of(before=f"{START}\n  {DONE}"), 2)
+    assert at_once.traffic[0].asynchronous == 0
+    assert at_once.step_seconds.expected > alone.step_seconds.expected
+    assert at_once.step_seconds.high == pytest.approx(behind.step_seconds.high)
+
+
+def test_two_collectives_do_not_hide_behind_the_same_work():
+    second = START.replace("%start", "%start.2"), DONE.replace("%start", "%start.2")
+    both = program_of(
+        before=f"{START}\n  {second[0]}", after=f"{DONE}\n  {second[1].replace('%done', '%done.2')}"
+    )
+    reader = Reader(Program(both))
+    speeds = chip_speeds(H100, "gpu", PEAK)
+    schedule = Schedule(reader, speeds, lambda _: 0.75 * PRODUCT)
+    hidden = [each.hidden_seconds for each in schedule.collectives]
+    assert sum(hidden) == pytest.approx(PRODUCT)
+    assert max(hidden) == pytest.approx(0.75 * PRODUCT)
+
+
+LOOP = """
+%condition (p: (s32[], bf16[4096,4096])) -> pred[] {
+  %p = (s32[], bf16[4096,4096]) parameter(0)
+  %limit = s32[] constant(3)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%sending (b: bf16[4096,4096]) -> bf16[8192,4096] {
+  %b = bf16[4096,4096] parameter(0)
+  ROOT %part = bf16[8192,4096] all-gather(%b), channel_id=7, replica_groups={{0,1}}, dimensions={0}
+}
+
+%multiplying (c: bf16[4096,4096]) -> bf16[4096,4096] {
+  %c = bf16[4096,4096] parameter(0)
+  %copy = bf16[8192,4096] all-gather(%c), channel_id=7, replica_groups={{0,1}}, dimensions={0}
+  ROOT %dot = bf16[4096,4096] dot(%c, %c), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%body (q: (s32[], bf16[4096,4096])) -> (s32[], bf16[4096,4096]) {
+  %q = (s32[], bf16[4096,4096]) parameter(0)
+  %one = s32[] constant(1)
+  %j = s32[] get-tuple-element(%q), index=0
+  %x = bf16[4096,4096] get-tuple-element(%q), index=1
+  %next = s32[] add(%j, %one)
+  %send = bf16[8192,4096] fusion(%x), kind=kCustom, calls=%sending
+  %y = bf16[4096,4096] fusion(%x), kind=kOutput, calls=%multiplying
+  ROOT %r = (s32[], bf16[4096,4096]) tuple(%next, %y)
+}
+
+ENTRY %main (x0: bf16[4096,4096]) -> (s32[], bf16[4096,4096]) {
+  %x0 = bf16[4096,4096] parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[], bf16[4096,4096]) tuple(%zero, %x0)
+  ROOT %loop = (s32[], bf16[4096,4096]) while(%start), condition=%condition, body=%body
+}
+"""
+
+
+def test_what_tpus_spread_over_fusions_hides_behind_them_each_time_round():
+    schedule = Schedule(
+        Reader(Program(LOOP)), chip_speeds(H100, "gpu", PEAK), lambda _: 0.5 * PRODUCT
+    )
+    (timed,) = schedule.collectives
+    assert timed.seconds == pytest.approx(3 * 0.5 * PRODUCT)
+    assert timed.hidden_seconds == pytest.approx(timed.seconds)
+    assert schedule.chip_seconds == pytest.approx(3 * PRODUCT, rel=1e-3)
+
+
+def test_products_in_full_float32_are_slower_and_unknown_ones_an_error():
+    exact = program_of().replace("dims={0}", "dims={0}, operand_precision={highest,highest}", 1)
+    wide = exact.replace("bf16", "f32")
+    rate = 494.7e12 / 8
+    assert estimate_of(wide).compute_seconds == pytest.approx(2 * SIDE**3 / rate)
+    assert estimate_of(program_of().replace("bf16", "f32")).compute_seconds == pytest.approx(
+        2 * SIDE**3 / 494.7e12
+    )
+    looked_up = program_of().replace("bf16", "pred")
+    assert estimate_of(looked_up).compute_seconds == pytest.approx(PRODUCT)
+    with pytest.raises(UserError, match="multiplies c64"):
+        estimate_of(program_of().replace("bf16", "c64"))
+
+
+def test_fused_attention_does_not_move_its_scores():
+    scores = """
+ENTRY %main (a: bf16[12,8,8], b: f32[100]) -> f32[100] {
+  %a = bf16[12,8,8] parameter(0)
+  %b = f32[100] parameter(1)
+  %wide = f32[12,8,8] convert(%a)
+  ROOT %c = f32[100] negate(%b)
+}
+"""
+    step = step_of(small_config(mesh=(1, 1, 1), precision="bfloat16"), program=scores)
+    assert estimate(step, topology_of()).memory_bytes == 12 * 64 * 6 + 800
+    fused = estimate(dataclasses.replace(step, attention="cudnn"), topology_of())
+    assert fused.memory_bytes == 800
+    assert any("XLA's attention" in line for line in fused.assumptions)
+
+
+def test_a_calibrated_cpu_is_within_a_quarter_and_another_a_guess():
+    cpu = topology_of(2, platform="cpu", chip=None)
+    settings = {"topology": cpu, "changes": (("global_batch_size", 32),)}
+    calibrated = estimate_of(program_of(), 2, calibration=calibration_of(), **settings)
+    low, expected, high = calibrated.step_seconds
+    # Both devices share the rate, the bandwidth and the cores.
+    products, memory = 1.5 * 2 * SIDE**3 / 50e9, 2.0 * 14 * SIDE**2 / 10e9
+    assert expected == pytest.approx(2 * (products + memory) + 3 * 2e-6)
+    assert (low, high) == pytest.approx((expected / 1.25, expected * 1.25))
+    assert calibrated.mfu.expected == pytest.approx(32e12 / expected / 50e9)
+    assert calibrated.chip_hours.expected == pytest.approx(24 * expected)  # one machine
+    guessed = estimate_of(program_of(), 2, **settings)
+    assert guessed.mfu is None
+    assert any("not calibrated" in line for line in guessed.assumptions)
+    assert guessed.step_seconds.high == pytest.approx(9 * guessed.step_seconds.low)
+
+
+def write_run(folder, config, lines):
+    folder.mkdir()
+    (folder / "config.json").write_text(to_json(config))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_a_run_is_compared_without_its_first_line_and_its_waits(tmp_path):
+    config = small_config()
+    lines = [
+        {"step": 10, "steps_per_second": 0.1},
+        {"step": 20, "steps_per_second": 4.0, "data_wait": 0.2},
+        {"step": 25, "eval/coco/recall": 0.5},
+        {"step": 30, "steps_per_second": 5.0, "data_wait": 0.0},
+        {"step": 40, "steps_per_second": 2.0, "data_wait": 0.5},
+    ]
+    run = write_run(tmp_path / "run", config, lines)
+    measured = compare(run, config, expected_seconds=0.25)
+    assert measured.steps_per_second == pytest.approx(5.0)
+    assert measured.error == pytest.approx(0.25)
+    found = estimate_of(
+        program_of(),
+        changes=(),
+        measured=write_run(tmp_path / "same", small_config(precision="bfloat16"), lines),
+    )
+    assert found.measured.workdir == str(tmp_path / "same")
+    assert found.measured.error == pytest.approx(5 * found.step_seconds.expected - 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "lines", "message"),
+    [
+        (small_config(global_batch_size=64), [{"steps_per_second": 1.0}], "64, not 32"),
+        (small_config(remat="dots"), [{"steps_per_second": 1.0}], "remat is dots, not none"),
+        (small_config(), [{"step": 1}], "has logged no steps_per_second"),
+    ],
+)
+def test_another_run_is_not_compared(tmp_path, config, lines, message):
+    run = write_run(tmp_path / "run", config, lines)
+    with pytest.raises(UserError, match=message):
+        compare(run, small_config(), expected_seconds=1.0)
+
+
+def test_a_folder_without_a_run_is_an_error(tmp_path):
+    with pytest.raises(UserError, match=r"no config.json"):
+        compare(tmp_path, small_config(), expected_seconds=1.0)
