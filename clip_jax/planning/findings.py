@@ -60,9 +60,11 @@ def _memory(step: CompiledStep, topology: Topology) -> Iterator[Finding]:
         yield Finding("little-room", "warning", text)
 
 
-def does_not_fit(needed_bytes: int, topology: Topology) -> str:
-    """The line for a step whose figures are known."""
+def does_not_fit(needed_bytes: int, topology: Topology, *, overrides: str = "") -> str:
+    """The line for a step whose figures are known. overrides: with which it fits."""
     text = f"the step needs {gib(needed_bytes)} of a device's memory, which has {room(topology)}"
+    if overrides:
+        return f"{text}; with {overrides} it fits"
     has, usable = topology.memory_bytes, topology.usable_bytes
     if has is not None and has != usable and needed_bytes < _FULL * has:
         return f"{text}; XLA_PYTHON_CLIENT_MEM_FRACTION={_FULL} lets JAX take more, here as there"

@@ -173,7 +173,6 @@ def _judged(
 
 def _does_not_fit(plan: Plan) -> Finding:
     assert plan.asked.needed_bytes is not None
-    text = does_not_fit(plan.asked.needed_bytes, plan.topology)
-    if plan.shown is not None:
-        text += f"; with {' '.join(plan.shown.overrides)} it fits"
+    overrides = "" if plan.shown is None else " ".join(plan.shown.overrides)
+    text = does_not_fit(plan.asked.needed_bytes, plan.topology, overrides=overrides)
     return Finding("does-not-fit", "error", text)
