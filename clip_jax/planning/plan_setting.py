@@ -24,6 +24,7 @@ _KEEP_AS_MUCH: dict[Remat, tuple[Remat, ...]] = {
 # third of them, of which 'dots' repeats attention's products, some 5% (ViT-B/16: 4%), and 'full'
 # all but the first and last layers.
 _FORWARD, _ATTENTION, _BLOCKS = 1 / 3, 0.05, 0.99
+_MANY = 1e6  # weights: what sends activations comes after what does not
 
 
 class Setting(NamedTuple):
@@ -63,10 +64,11 @@ class Setting(NamedTuple):
 
     def sent(self) -> float:
         """Traffic in sizes of the weights: gradients there and back, or weights twice and
-        gradients, for each microbatch; a layer's activations over `tensor` count as much more.
+        gradients, for each microbatch. Activations, over `tensor` or to the host, are far more.
         """
         _, fsdp, tensor = self.mesh
-        return (3.0 * self.microbatches if fsdp > 1 else 2.0) + 10.0 * (tensor > 1)
+        activations = _MANY * ((tensor > 1) + (self.remat == "offload"))
+        return (3.0 * self.microbatches if fsdp > 1 else 2.0) + activations
 
     def order(self) -> tuple[float, float, int, int, int]:
         """What to try first: least computed again, then least sent, then fewest parts."""

@@ -4,11 +4,12 @@ Candidates are the remat policies x microbatches (1, 2, 4, ... as far as a devic
 of fsdp (the divisors of data x fsdp; tensor stays). They are tried in this order:
 
 1. By what is computed again, which is what a run pays most for: nothing ('none', one microbatch);
-   attention's products ('dots'; 'offload' as many, and it waits for the host besides); a forward
-   pass ('full', or microbatches without remat: each runs forward once for the loss and once more
-   for its gradients); a forward pass and attention's products; two forward passes.
+   attention's products ('dots' and 'offload'); a forward pass ('full', or microbatches without
+   remat: each runs forward once for the loss and once more for its gradients); a forward pass and
+   attention's products; two forward passes.
 2. By what is sent: 'data' alone sends gradients once, fsdp weights twice and gradients once, for
-   each microbatch.
+   each microbatch; 'offload' sends activations to the host and back, over a slow link, which is
+   most.
 3. By the parts: fewer microbatches, then a smaller fsdp axis, which more devices share.
 
 The first that fits is the answer. Few are compiled: what a setting needs at least follows from

@@ -90,7 +90,7 @@ def fitting(name="small", findings=(), sweep=None, **estimated):
 def lacking() -> Plan:
     """A recipe that a TPU's compiler refuses, and what fits in its place."""
     config = config_of(mesh=(16, 1, 1))
-    compiler = Compiler(160 * MIB)
+    compiler = Compiler(170 * MIB)
     trials = trials_of(compiler, config)
     asked = trials.compile(Setting.of(config, 16))
     search = what_fits(config, TOPOLOGY, trials)
@@ -146,14 +146,14 @@ def test_a_plan_that_does_not_fit_says_what_would(lacking):
     shown = text(lacking, width=200)
     assert lacking.exit_code == 2
     assert "small on made:by-hand: does not fit: " not in shown  # its name is 'experiment'
-    assert shown.startswith("experiment on made:by-hand: does not fit: 200 MiB of 100 MiB a device")
+    assert shown.startswith("experiment on made:by-hand: does not fit: 210 MiB of 100 MiB a device")
     remedy = "--config.remat=offload"
     assert f"  fits with the least computed again: {remedy}" in shown.splitlines()
     error = next(line for line in shown.splitlines() if line.startswith("error"))
     assert f"with {remedy} it fits" in error
     # Known of the recipe without a program: its state.
     assert "  optimizer                       20 MiB   10%" in shown.splitlines()
-    assert "  all else                       170 MiB   85%" in shown.splitlines()
+    assert "  all else                       180 MiB   86%" in shown.splitlines()
     assert f"Memory of a device, with {remedy}" in shown.splitlines()
     assert f"A step (estimates, with {remedy})" in shown.splitlines()
 
@@ -207,8 +207,8 @@ def test_json_has_the_keys_that_the_docs_name(lacking, swept):
         "microbatches": 1,
         "remat": "none",
         "verdict": "too large",
-        "needed_bytes": 200 * MIB,
-        "reason": f"the step needs {200 * MIB} bytes",
+        "needed_bytes": 210 * MIB,
+        "reason": f"the step needs {210 * MIB} bytes",
     }
     assert content["shown"]["overrides"] == ["--config.remat=offload"]
     assert content["shown"]["estimate"]["step_seconds"] == pytest.approx([0.108, 0.12, 0.144])

@@ -69,7 +69,9 @@ def test_less_computed_again_comes_first():
         Setting((8, 2, 1), 1, "none"),
         Setting((1, 16, 1), 1, "none"),
         Setting((16, 1, 1), 1, "dots"),
-        Setting((16, 1, 1), 1, "offload"),
+        Setting((1, 16, 1), 1, "dots"),
+        Setting((16, 1, 1), 1, "offload"),  # what it sends to the host is most
+        Setting((1, 16, 1), 1, "offload"),
         Setting((16, 1, 1), 1, "full"),
         Setting((16, 1, 1), 2, "none"),
         Setting((16, 1, 1), 4, "none"),
