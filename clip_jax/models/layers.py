@@ -69,6 +69,9 @@ class Execution:
     remat: Literal["none", "dots", "full", "offload"] = "none"
     unroll_layers: bool = False  # GPUs copy the carry of a scan; CPUs and TPUs run scans faster
     attention: Literal["xla", "cudnn"] = "xla"
+    # XLA's CPU backend makes convolutions fit for its fast kernels outside of loops alone: inside, a
+    # stem's forward and backward pass takes 20 times as long (jax 0.10.2).
+    convolve_in_loops: bool = True
     frozen_layers: int = 0  # so many blocks, and what comes before them, get no gradients
     layout: Layout | None = None  # None: on one device, or as XLA's partitioner sees fit
 
@@ -99,6 +102,7 @@ class Execution:
             remat=remat,  # type: ignore[arg-type]  # checked just above
             unroll_layers=layers == "unroll" or (layers == "auto" and unrolls),
             attention="cudnn" if on_gpu and low_precision else "xla",
+            convolve_in_loops=backend != "cpu",
             layout=layout,
         )
 

@@ -24,6 +24,8 @@ from clip_jax.tasks.task import Tree
 
 Array = jax.Array
 
+_MOST_UNROLLED = 16  # microbatches; each adds an image tower to what is compiled
+
 
 class ContrastiveTask:
     """CLIP as a `Task`. `execution` defaults to what suits the backend in use."""
@@ -196,19 +198,26 @@ class ContrastiveTask:
 
         dealt = {name: (deal(x), x) for name, x in batch.items()}
 
-        def run(encode: Callable[[Mapping[str, Array]], Array]) -> Array:
-            def encode_one(i: Array) -> Array:
+        def run(encode: Callable[[Mapping[str, Array]], Array], unroll: bool = False) -> Array:
+            def encode_one(_: None, i: Array) -> tuple[None, Array]:
                 inputs = {name: cut(x_pk, i, x) for name, (x_pk, x) in dealt.items()}
-                return encode(inputs).reshape(num_groups // k, -1)
+                return None, encode(inputs).reshape(num_groups // k, -1)
 
-            embeddings_kpE = jax.lax.map(jax.checkpoint(encode_one), jnp.arange(k))
+            _, embeddings_kpE = jax.lax.scan(
+                jax.checkpoint(encode_one), None, jnp.arange(k), unroll=k if unroll else 1
+            )
             return jnp.moveaxis(embeddings_kpE, 0, 1).reshape(num_rows, -1)
 
         def encode_text(inputs: Mapping[str, Array]) -> Array:
             return self._gathering_model(params, model_state).encode_text(inputs)
 
         # One tower after the other: their activations are never held together.
-        return run(encode_image), run(encode_text), model_state
+        unroll = (
+            self.config.model.image.stem == "conv"
+            and not self.execution.convolve_in_loops
+            and k <= _MOST_UNROLLED
+        )
+        return run(encode_image, unroll), run(encode_text), model_state
 
     def constrain(self, params: Tree) -> Tree:
         """Clips the logit scale from above, as CLIP does to keep training stable."""
