@@ -69,8 +69,8 @@ class Execution:
     remat: Literal["none", "dots", "full", "offload"] = "none"
     unroll_layers: bool = False  # GPUs copy the carry of a scan; CPUs and TPUs run scans faster
     attention: Literal["xla", "cudnn"] = "xla"
-    # XLA's CPU backend makes convolutions fit for its fast kernels outside of loops alone: inside, a
-    # stem's forward and backward pass takes 20 times as long (jax 0.10.2).
+    # XLA's CPU backend lays convolutions out for its fast kernels outside of loops alone: inside,
+    # the forward and backward pass of a stem takes 20 times as long (jax 0.10.2).
     convolve_in_loops: bool = True
     frozen_layers: int = 0  # so many blocks, and what comes before them, get no gradients
     layout: Layout | None = None  # None: on one device, or as XLA's partitioner sees fit
