@@ -8,12 +8,6 @@ BIN := $(VENV)/bin
 
 .PHONY: quickstart test test-slow test-aot environment test-environment lint types imports unit format clean
 
-# glibc hands memory back to the system and asks for it again at every step, 5 to 12% of the time of
-# small steps on a CPU (docs/lab-log.md); with these it keeps it. Other systems ignore them.
-quickstart: export MALLOC_ARENA_MAX = 1
-quickstart: export MALLOC_MMAP_THRESHOLD_ = 1073741824
-quickstart: export MALLOC_TRIM_THRESHOLD_ = 2147483647
-quickstart: export MALLOC_TOP_PAD_ = 268435456
 quickstart: $(VENV)/.quickstart
 	$(BIN)/clip-jax train --config=configs/quickstart.py --workdir=runs/quickstart
 

@@ -31,6 +31,7 @@ from environment import environment
 
 from clip_jax.config import ImageTowerConfig, ModelConfig, TextTowerConfig, preset
 from clip_jax.models import forward_flops
+from clip_jax.parallel.backend import keep_freed_memory
 from clip_jax.parallel.chips import CHIPS, Chip
 
 RESULTS = Path(__file__).parent / "results" / "roofline.json"
@@ -270,6 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", action="store_true", help="time the parts here: three minutes")
     arguments = parser.parse_args()
+    keep_freed_memory()  # as `clip-jax train` does
     chips = [chip for chip in CHIPS if chip.name in CHIP_NAMES]
     result: dict[str, Any] = {"environment": environment(), "samples_of_a_device": SAMPLES}
     result["chips"] = {

@@ -31,6 +31,7 @@ from train_step import GPU_BATCH, Case, Contender, Wait, ours
 
 from clip_jax.config import ModelConfig, preset
 from clip_jax.models import forward_flops
+from clip_jax.parallel.backend import keep_freed_memory
 from clip_jax.training.throughput import measure_peak
 
 RESULTS = Path(__file__).parent / "results"
@@ -145,6 +146,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--try", dest="toy", action="store_true", help="one layer, small batches")
     arguments = parser.parse_args()
+    keep_freed_memory()  # as `clip-jax train` does
     on_cpu = jax.default_backend() == "cpu"
     models = arguments.models or (["ViT-B-16"] if on_cpu else ["ViT-B-16", "ViT-L-14"])
     steps = arguments.steps or (1 if on_cpu else 20)
