@@ -7,6 +7,7 @@ Modules hold float32 parameters and do arithmetic in `Execution.dtype`; they hol
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
@@ -15,16 +16,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from clip_jax.config import ConfigError, ImageTowerConfig, TextTowerConfig
+from clip_jax.models.activations import ACTIVATIONS
 
 Array = jax.Array
 TowerConfig = ImageTowerConfig | TextTowerConfig
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # Hendrycks & Gimpel 2016, section 2
-    "swiglu": jax.nn.silu,  # of the gate (Shazeer 2020); the others are of `up` itself
-}
 
 
 def _all_but_gathered_weights(primitive: Any, *_: Any, **params: Any) -> bool:
@@ -72,6 +67,9 @@ class Execution:
     # XLA's CPU backend lays convolutions out for its fast kernels outside of loops alone: inside,
     # the forward and backward pass of a stem takes 20 times as long (jax 0.10.2).
     convolve_in_loops: bool = True
+    # It also turns the tokens' arrays and the weights around, in memory, where a product has more
+    # axes than two. Split weights are better left as they are.
+    flat_products: bool = False
     frozen_layers: int = 0  # so many blocks, and what comes before them, get no gradients
     layout: Layout | None = None  # None: on one device, or as XLA's partitioner sees fit
 
@@ -103,6 +101,7 @@ class Execution:
             unroll_layers=layers == "unroll" or (layers == "auto" and unrolls),
             attention="cudnn" if on_gpu and low_precision else "xla",
             convolve_in_loops=backend != "cpu",
+            flat_products=backend == "cpu",
             layout=layout,
         )
 
@@ -145,6 +144,24 @@ def attention(
     )
 
 
+def products(execution: Execution) -> Callable[..., Array]:
+    """`jax.lax.dot_general`, or one for last axes of the input and first ones of the weights."""
+    flat = execution.flat_products and execution.layout is None
+    return _flat_dot_general if flat else jax.lax.dot_general
+
+
+def _flat_dot_general(x: Array, weights: Array, axes: Any, **options: Any) -> Array:
+    """As a product of two matrices, of the same numbers as lie in memory."""
+    (x_axes, weight_axes), batch = axes
+    count = len(x_axes)
+    last, first = tuple(range(x.ndim - count, x.ndim)), tuple(range(count))
+    assert (tuple(x_axes), tuple(weight_axes), batch) == (last, first, ((), ()))
+    x_MK = x.reshape(-1, math.prod(x.shape[-count:]))
+    weights_KN = weights.reshape(x_MK.shape[1], -1)
+    out_MN = jax.lax.dot_general(x_MK, weights_KN, (((1,), (0,)), ((), ())), **options)
+    return out_MN.reshape(*x.shape[:-count], *weights.shape[count:])
+
+
 def look_up(table_VD: Array, tokens_B: Array, execution: Execution) -> Array:
     """Rows of a table of embeddings [V, D] for integers [B, ...]: [B, ..., D]."""
     if execution.layout is None:
@@ -181,6 +198,7 @@ class Attention(nnx.Module):
             (3, config.num_heads, head_width),
             kernel_init=nnx.initializers.normal(config.width**-0.5),
             dtype=execution.dtype,
+            dot_general=products(execution),
             rngs=rngs,
         )
         if self.qk_norm:  # one norm for all heads: Dehghani et al. 2023, section 2
@@ -192,6 +210,7 @@ class Attention(nnx.Module):
             axis=(-2, -1),
             kernel_init=nnx.initializers.normal((config.width * 2 * config.depth) ** -0.5),
             dtype=execution.dtype,
+            dot_general=products(execution),
             rngs=rngs,
         )
 
@@ -227,6 +246,7 @@ class MLP(nnx.Module):
             hidden,
             kernel_init=nnx.initializers.normal((2 * config.width) ** -0.5),
             dtype=execution.dtype,
+            dot_general=products(execution),
         )
         self.up = linear_in(rngs=rngs)
         if self.activation == "swiglu":
@@ -236,6 +256,7 @@ class MLP(nnx.Module):
             config.width,
             kernel_init=nnx.initializers.normal((config.width * 2 * config.depth) ** -0.5),
             dtype=execution.dtype,
+            dot_general=products(execution),
             rngs=rngs,
         )
 

@@ -145,6 +145,7 @@ def test_layer_scale_starts_as_configured():
 
 
 EXECUTIONS = [
+    Execution(flat_products=True),
     Execution(unroll_layers=True),
     Execution(remat="full"),
     Execution(remat="dots", unroll_layers=True),
@@ -180,6 +181,8 @@ def test_how_to_execute_follows_backend_and_config():
     assert not Execution.for_backend("gpu", layers="scan").unroll_layers
     assert not Execution.for_backend("gpu", remat="offload").unroll_layers
     assert Execution.for_backend("cpu", layers="unroll").unroll_layers
+    assert Execution.for_backend("cpu").flat_products
+    assert not Execution.for_backend("tpu").flat_products
     with pytest.raises(ConfigError, match="'some'; there are none, dots, full, offload"):
         Execution.for_backend("cpu", remat="some")
     with pytest.raises(ConfigError, match=r"config.layers is 'roll'; there are auto, scan, unroll"):

@@ -331,7 +331,7 @@ def test_a_frozen_image_tower_keeps_no_activations():
         assert not any(leaf.any() for leaf in jax.tree.leaves(gradients["image"]))
         for name in ("text", "image_projection"):
             jax.tree.map(
-                lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
                 gradients[name],
                 trained[name],
             )
