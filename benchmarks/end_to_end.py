@@ -47,7 +47,7 @@ from clip_jax.config import (
     preset,
 )
 from clip_jax.parallel import make_mesh, to_global_batch
-from clip_jax.parallel.backend import keep_freed_memory
+from clip_jax.parallel.host_memory import use_one_arena
 from clip_jax.tasks import ContrastiveTask
 from clip_jax.training.input import TrainingInput, open_sources
 from clip_jax.training.loop import train
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of each")
     parser.add_argument("--try", dest="toy", action="store_true", help="one run of a few steps")
     arguments = parser.parse_args()
-    keep_freed_memory()  # as `clip-jax train` does
+    use_one_arena()  # as `clip-jax train` does
     on_cpu = jax.default_backend() == "cpu"
     cores = len(os.sched_getaffinity(0))
     workers = arguments.workers

@@ -31,7 +31,7 @@ from train_step import GPU_BATCH, Case, Contender, Wait, ours
 
 from clip_jax.config import ModelConfig, preset
 from clip_jax.models import forward_flops
-from clip_jax.parallel.backend import keep_freed_memory
+from clip_jax.parallel.host_memory import keep_freed_memory, use_one_arena
 from clip_jax.training.throughput import measure_peak
 
 RESULTS = Path(__file__).parent / "results"
@@ -87,6 +87,7 @@ def measure(name: str, base: ModelConfig, batch: int, steps: int, repeats: int) 
         model = CASES[case].of(base)
         run, wait, figures = ours(Case(name, model, batch, precision, None), packed=False)
         wait(run())
+        keep_freed_memory()
         wait(run())
         flops = 3 * sum(forward_flops(model, training=True))
         rows.setdefault(case, {"image_tokens": num_tokens(model), "seconds": []})
@@ -146,7 +147,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--try", dest="toy", action="store_true", help="one layer, small batches")
     arguments = parser.parse_args()
-    keep_freed_memory()  # as `clip-jax train` does
+    use_one_arena()  # as `clip-jax train` does
     on_cpu = jax.default_backend() == "cpu"
     models = arguments.models or (["ViT-B-16"] if on_cpu else ["ViT-B-16", "ViT-L-14"])
     steps = arguments.steps or (1 if on_cpu else 20)

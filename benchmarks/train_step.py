@@ -51,8 +51,8 @@ from clip_jax.data.packing import choose_rows, pack_captions
 from clip_jax.data.text_inputs import text_ids
 from clip_jax.models import forward_flops
 from clip_jax.parallel import make_mesh, to_global_batch
-from clip_jax.parallel.backend import keep_freed_memory
 from clip_jax.parallel.chips import chip_of
+from clip_jax.parallel.host_memory import keep_freed_memory, use_one_arena
 from clip_jax.tasks import ContrastiveTask
 from clip_jax.training.optimizer import make_optimizer, make_schedule
 from clip_jax.training.state import abstract_state, init_state
@@ -280,12 +280,15 @@ def answer(figures: dict[str, Any]) -> None:
 def serve(name: str, case: Case) -> None:
     """What a child does: two steps, then `turn STEPS` as often as asked for, then `end`."""
     start = time.perf_counter()
-    if name.startswith("ours") or name == TUNED:
-        keep_freed_memory()  # as `clip-jax train` does
+    keeps = name.startswith("ours") or name == TUNED  # as `clip-jax train` does
+    if keeps:
+        use_one_arena()
     try:
         run, wait, figures = CONTENDERS[name](case)
         first = run()
         wait(first)
+        if keeps:
+            keep_freed_memory()
         wait(run())
     except Exception as error:  # a peer that does not run here: its reason is the result
         if name.startswith("ours"):

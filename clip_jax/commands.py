@@ -156,9 +156,9 @@ def _start(arguments: argparse.Namespace, cache: Path, *, heartbeat_seconds: int
     import jax
 
     from clip_jax.parallel import start_processes
-    from clip_jax.parallel.backend import keep_freed_memory
+    from clip_jax.parallel.host_memory import use_one_arena
 
-    keep_freed_memory()
+    use_one_arena()
     # A second start of the same program compiles nothing. $JAX_COMPILATION_CACHE_DIR wins.
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))

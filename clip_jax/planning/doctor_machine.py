@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from clip_jax.config.errors import UserError
+from clip_jax.parallel.host_memory import available_memory
 
 _DISTRIBUTION = "clip-jax-training"
 NVIDIA_PLUGINS = ("jax-cuda13-plugin", "jax-cuda12-plugin")
@@ -20,7 +21,6 @@ TPU_PLUGIN = "libtpu"
 # PCI devices of Google's that are TPUs; jax/_src/hardware_utils.py has the same list.
 _GOOGLE, _TPUS = "0x1ae0", ("0x0027", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")
 _NVIDIA_MODULE = "proc/driver/nvidia/gpus"  # a folder for each, by NVIDIA's kernel module
-_CGROUP = "sys/fs/cgroup"
 # In a process of its own: accelerators may be busy, broken, or wait for other hosts.
 _ASK = """
 import json, jax
@@ -111,7 +111,7 @@ def look(*, seconds: float, root: Path = Path("/")) -> Machine:
         num_gpus=len(list((root / _NVIDIA_MODULE).glob("*"))),
         num_tpus=_count_tpus(root),
         platforms=os.environ.get("JAX_PLATFORMS", ""),
-        memory_bytes=_available_memory(root),
+        memory_bytes=available_memory(root),
     )
 
 
@@ -124,21 +124,3 @@ def _count_tpus(root: Path) -> int:
             continue
         count += ids[0] == _GOOGLE and ids[1] in _TPUS
     return count
-
-
-def _available_memory(root: Path) -> int | None:
-    """Bytes: what Linux calls available, or what the container has left where that is less."""
-    known = []
-    try:
-        for line in (root / "proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                known.append(int(line.split()[1]) * 1024)
-    except OSError:  # no Linux
-        pass
-    try:
-        most, now = ((root / _CGROUP / f"memory.{name}").read_text() for name in ("max", "current"))
-        if most.strip() != "max":
-            known.append(int(most) - int(now))
-    except OSError:
-        pass
-    return min(known, default=None)

@@ -21,6 +21,7 @@ from clip_jax.config import ExperimentConfig, UserError, check_frozen
 from clip_jax.data.sources import cache_dir
 from clip_jax.evaluation.evaluate import Evaluator
 from clip_jax.parallel import BATCH_AXES, from_first_process, make_mesh, to_global_batch
+from clip_jax.parallel.host_memory import keep_freed_memory
 from clip_jax.tasks import ContrastiveTask
 from clip_jax.training.clock import Clock, split_wait
 from clip_jax.training.goodput import Session
@@ -248,6 +249,8 @@ def _go_on(
                 return
             (step, metrics), pending = pending, None
             jax.block_until_ready(metrics["loss"])
+            if step == first_step + 1:
+                keep_freed_memory()
             if config.stability.spike_zscore is not None:
                 try:
                     detector.check(step, float(jax.device_get(metrics["loss"])))
