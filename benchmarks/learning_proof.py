@@ -5,9 +5,8 @@
     python benchmarks/learning_proof.py --variants bf16 --seeds 0
 
 Trains configs/quickstart.py with several seeds on one device, and in each variant, as child
-processes. A variant passes where the mean of its scores lies within the noise of the seeds: two
-standard errors of the difference of two means. A finished run is read, not repeated. Writes
-benchmarks/results/learning_proof.json.
+processes. A variant passes where the mean of its scores differs no more than seeds do (`judge`). A
+finished run is read, not repeated. Writes benchmarks/results/learning_proof.json.
 """
 
 import argparse
@@ -23,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from environment import environment
+from scipy import stats
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "learning_proof.json"
@@ -62,16 +62,24 @@ def run(variant: str, seed: int, steps: int, runs: Path) -> dict[str, float]:
     return training | scores
 
 
-def judge(values: list[float], reference: list[float]) -> dict[str, Any]:
-    """Whether two means differ by more than the noise of the seeds.
+def noise_of(groups: list[list[float]]) -> tuple[float, int]:
+    """The standard deviation of one run between seeds, from all variants, and its freedom."""
+    freedom = sum(len(values) - 1 for values in groups)
+    squares = sum((len(values) - 1) * statistics.variance(values) for values in groups)
+    return math.sqrt(squares / freedom), freedom
 
-    The noise of one run is pooled over both groups; three seeds alone estimate it badly.
+
+def judge(
+    values: list[float], reference: list[float], noise: float, freedom: int, comparisons: int
+) -> dict[str, Any]:
+    """Whether two means differ by more than seeds do, at 5% for all comparisons together.
+
+    Student's t with Bonferroni's correction: of so many comparisons, some lie outside of a limit
+    made for one.
     """
     difference = statistics.mean(values) - statistics.mean(reference)
-    if len(values) < 2 or len(reference) < 2:
-        return {"difference": difference, "limit": None, "within_noise": None}
-    pooled = math.sqrt((statistics.variance(values) + statistics.variance(reference)) / 2)
-    limit = 2 * pooled * math.sqrt(1 / len(values) + 1 / len(reference))
+    quantile = stats.t.ppf(1 - 0.05 / 2 / comparisons, freedom)
+    limit = quantile * noise * math.sqrt(1 / len(values) + 1 / len(reference))
     return {"difference": difference, "limit": limit, "within_noise": abs(difference) <= limit}
 
 
@@ -95,20 +103,27 @@ def main() -> None:
         "variants": {},
     }
     print(
-        f"{'variant':16} {'metric':42} {'mean':>7} {'values':>24} {'difference':>11} {'limit':>7}"
+        f"{'variant':16} {'metric':42} {'mean':>7} {'values':>40} {'difference':>11} {'limit':>7}"
     )
+    scores = {
+        (name, metric): [found[name, seed][metric] for seed in arguments.seeds]
+        for name in names
+        for metric in METRICS
+    }
+    comparisons = (len(names) - 1) * len(METRICS)
     for name in names:
         rows: dict[str, Any] = {}
         for metric in METRICS:
-            values = [found[name, seed][metric] for seed in arguments.seeds]
-            reference = [found["1 device", seed][metric] for seed in arguments.seeds]
-            verdict = judge(values, reference) if name != "1 device" else {}
+            values, verdict = scores[name, metric], {}
+            if name != "1 device" and len(values) > 1:
+                noise = noise_of([scores[other, metric] for other in names])
+                verdict = judge(values, scores["1 device", metric], *noise, comparisons)
             rows[metric] = {"mean": statistics.mean(values), "values": values, **verdict}
             spelled = " ".join(f"{value:7.2%}" for value in values)
             against = f"{verdict['difference']:+11.2%}" if verdict else ""
-            limit = f"{verdict['limit']:7.2%}" if verdict.get("limit") is not None else ""
+            limit = f"{verdict['limit']:7.2%}" if verdict else ""
             print(
-                f"{name:16} {metric:42} {rows[metric]['mean']:7.2%} {spelled:>24} {against} {limit}"
+                f"{name:16} {metric:42} {rows[metric]['mean']:7.2%} {spelled:>40} {against} {limit}"
             )
         rows["loss"] = [found[name, seed]["loss"] for seed in arguments.seeds]
         rows["train_seconds"] = [found[name, seed]["train_seconds"] for seed in arguments.seeds]

@@ -280,15 +280,11 @@ def answer(figures: dict[str, Any]) -> None:
 def serve(name: str, case: Case) -> None:
     """What a child does: two steps, then `turn STEPS` as often as asked for, then `end`."""
     start = time.perf_counter()
-    keeps = name.startswith("ours") or name == TUNED  # as `clip-jax train` does
-    if keeps:
-        use_one_arena()
     try:
         run, wait, figures = CONTENDERS[name](case)
         first = run()
         wait(first)
-        if keeps:
-            keep_freed_memory()
+        keep_freed_memory()
         wait(run())
     except Exception as error:  # a peer that does not run here: its reason is the result
         if name.startswith("ours"):
@@ -398,6 +394,8 @@ def main() -> None:
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
+        if arguments.child.startswith("ours") or arguments.child == TUNED:
+            use_one_arena()  # as `clip-jax train` does, before JAX starts its threads
         serve(arguments.child, make_case(*arguments.case))
         return
     os.environ[PREALLOCATE] = "false"  # this process asks for the names of devices alone
