@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """0 where the recipe fits and nothing is an error, else 2; warnings count for nothing."""
     figures, page = _output("--json", arguments.json), _output("--html", arguments.html)
+    if figures is not None and figures == page:
+        raise UserError(f"--json and --html both name {page}; name two files")
     price, most = arguments.price_per_chip_hour, arguments.max_compiles
     if price is not None and not 0 < price < float("inf"):
         raise UserError(f"--price_per_chip_hour is more than 0, got {price:g}")
@@ -69,14 +71,17 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from clip_jax.planning.report_json import to_json
 
     print(text(made, width=shutil.get_terminal_size((100, 24)).columns), end="")
-    try:
-        if figures is not None:
-            figures.write_text(json.dumps(to_json(made), indent=2) + "\n")
-        if page is not None:
-            write_plan_page(page, made)
+    problems = []
+    if figures is not None:
+        content = json.dumps(to_json(made), indent=2) + "\n"
+        problems += _problem("--json", figures, lambda: figures.write_text(content))
+    if page is not None:
+        found = _problem("--html", page, lambda: write_plan_page(page, made))
+        problems += found
+        if not found:
             print(f"page: {page}")
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be written: {error.strerror}") from None
+    if problems:
+        raise UserError("; ".join(problems))
     return made.exit_code
 
 
@@ -112,13 +117,36 @@ def _say(line: str) -> None:
 
 
 def _output(flag: str, name: str | None) -> Path | None:
-    """Raises UserError, before anything is computed, where a file of this name cannot be made."""
+    """Raises UserError, before anything is computed, where a file of this name cannot be written.
+
+    One that is there stays as it is.
+    """
     if name is None:
         return None
     path = Path(name).expanduser().absolute()
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"{flag} {path} cannot be made: name a file in a folder that is there")
+    if path.is_file() or not path.exists():  # a pipe would wait for its reader
+        if problems := _problem(flag, path, lambda: _probe(path)):
+            raise UserError(problems[0])
     return path
+
+
+def _probe(path: Path) -> None:
+    """Opens a file for writing and changes nothing. Raises OSError where that cannot be done."""
+    is_new = not path.exists()
+    path.open("a").close()
+    if is_new:
+        path.unlink()
+
+
+def _problem(flag: str, path: Path, write: Callable[[], object]) -> list[str]:
+    """Why `path` cannot be written, in a line, if so: what else is to be written still is."""
+    try:
+        write()
+    except OSError as error:
+        return [f"{flag} {path} cannot be written: {error.strerror or error}"]
+    return []
 
 
 def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -155,9 +183,12 @@ def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
         diagnosis = diagnose(case, seconds=max(SECONDS - spent, SECONDS / 2))
         diagnosis.findings.insert(0, Finding("ok", "config", f"{config.name} is valid"))
     _show(diagnosis)
-    if output is not None:
-        output.write_text(json.dumps(diagnosis.to_json(), indent=2) + "\n")
     code = 2 if diagnosis.count("error") else 0
+    if output is not None:
+        content = json.dumps(diagnosis.to_json(), indent=2) + "\n"
+        for problem in _problem("--json", output, lambda: output.write_text(content)):
+            _say(f"clip-jax: {problem}")
+            code = 2
     if diagnosis.unfinished:
         # Pools of threads would be waited for, however long what they read does not answer.
         sys.stdout.flush()
@@ -166,7 +197,10 @@ def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _show(diagnosis: "Diagnosis") -> None:
+    from clip_jax.planning.doctor_case import counted
+
     for level, check, text in diagnosis.findings:
         print(f"{level:8}{check:12} {text}")
     errors, warnings = diagnosis.count("error"), diagnosis.count("warning")
-    print(f"{errors} errors, {warnings} warnings in {len(diagnosis.seconds)} checks")
+    numbers = f"{counted(errors, 'error')}, {counted(warnings, 'warning')}"
+    print(f"{numbers} in {counted(len(diagnosis.seconds), 'check')}")

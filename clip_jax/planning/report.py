@@ -3,6 +3,7 @@
 import dataclasses
 import textwrap
 
+from clip_jax.planning.doctor_case import counted as number_of
 from clip_jax.planning.doctor_case import size
 from clip_jax.planning.estimate import Estimate, Range
 from clip_jax.planning.findings import gib, room
@@ -95,7 +96,8 @@ def text(plan: Plan, *, width: int) -> str:
     for code, level, found in plan.findings:
         lines += _wrapped(f"{level:8}{code:24} ", found, width, indent=10)
     errors = sum(finding.level == "error" for finding in plan.findings)
-    lines.append(f"{errors} errors, {len(plan.findings) - errors} warnings")
+    warnings = len(plan.findings) - errors
+    lines.append(f"{number_of(errors, 'error')}, {number_of(warnings, 'warning')}")
     if stated := assumptions(plan):
         lines += ["", "Assumed"]
         for assumption in stated:

@@ -349,4 +349,10 @@ def test_the_command_prints_a_line_for_each_check_and_writes_them(
     assert "\nok      devices      8 cpu devices" in out
 
 
+def test_findings_that_cannot_be_written_are_told_before_anything_is_checked(sound, tmp_path):
+    (tmp_path / "config.json").write_text(to_json(sound.config))
+    with pytest.raises(UserError, match="--json /proc/found.json cannot be written: "):
+        run(f"--config={tmp_path / 'config.json'}", "--json=/proc/found.json")
+
+
 CHECKS_WITHOUT_WORKDIR = [name for name in CHECKS if name not in ("lock", "checkpoints")]
