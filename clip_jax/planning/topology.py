@@ -26,10 +26,11 @@ _GPU = re.compile(rf"({'|'.join(GPUS)})(?:x(\d+))?(?:\*(\d+))?")
 _CPU = re.compile(r"cpu:(\d+)")
 _MOST_DEVICES = 2**14  # 9,216 chips are the largest slice, of 7x
 
-# What JAX takes of a GPU's memory when it starts, and its own variable for another share.
+# What JAX takes of a GPU's memory when it starts, and its variables for another share: jaxlib
+# 0.10.2 calls the second one deprecated, and refuses both together.
 PREALLOCATED = 0.75
-_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-
+FRACTION = "XLA_CLIENT_MEM_FRACTION"
+_OLD_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 _LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 # Where libtpu is loaded for its compiler alone.
@@ -85,11 +86,20 @@ class Topology:
 
 
 def preallocated() -> float:
-    """The share of a GPU's memory that JAX takes: $XLA_PYTHON_CLIENT_MEM_FRACTION or 0.75."""
-    text = os.environ.get(_FRACTION, "")
-    with contextlib.suppress(ValueError):
-        if 0 < (share := float(text)) <= 1:
-            return share
+    """The share of a GPU's memory that JAX takes: $XLA_CLIENT_MEM_FRACTION or 0.75.
+
+    Raises UserError for what JAX refuses, or takes for no share.
+    """
+    given = {name: text for name in (FRACTION, _OLD_FRACTION) if (text := os.environ.get(name, ""))}
+    if len(given) > 1:
+        raise UserError(
+            f"{_OLD_FRACTION} and {FRACTION} are both set; unset the first, an old name"
+        )
+    for name, text in given.items():
+        with contextlib.suppress(ValueError):
+            if 0 < (share := float(text)) <= 1:
+                return share
+        raise UserError(f"{name}={text} is no share of a GPU's memory; above 0, at most 1")
     return PREALLOCATED
 
 

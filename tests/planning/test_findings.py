@@ -64,13 +64,13 @@ def test_memory_that_is_too_small_or_nearly_full():
 
 
 def test_what_jax_leaves_of_a_gpu_is_named_where_it_would_do(monkeypatch):
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
     gpu = topology_of(chip="H100 SXM")
     text = found(step(total=80 * MIB, platform="gpu"), gpu)["does-not-fit"].text
-    assert "which has 75 MiB (75% of 100 MiB); XLA_PYTHON_CLIENT_MEM_FRACTION=0.95" in text
+    assert "which has 75 MiB (75% of 100 MiB); XLA_CLIENT_MEM_FRACTION=0.95" in text
     text = found(step(total=99 * MIB, platform="gpu"), gpu)["does-not-fit"].text
     assert "MEM_FRACTION" not in text
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.95")
     assert "does-not-fit" not in found(step(total=80 * MIB, platform="gpu"), gpu)
 
 

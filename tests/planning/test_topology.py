@@ -104,12 +104,20 @@ def test_of_a_gpu_a_program_may_take_the_share_that_jax_takes(monkeypatch):
         num_slices=1,
         memory_bytes=1000,
     )
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
     assert topology.usable_bytes == 750
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.9")
     assert topology.usable_bytes == 900
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "most")
-    assert preallocated() == 0.75
+    for nonsense in ("most", "0", "1.5", "nan"):
+        monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", nonsense)
+        with pytest.raises(UserError, match=f"XLA_CLIENT_MEM_FRACTION={nonsense} is no share"):
+            preallocated()
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # its name until jaxlib 0.10
+    assert topology.usable_bytes == 500
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.9")
+    with pytest.raises(UserError, match="are both set; unset the first"):
+        preallocated()
 
 
 # ---- With the compilers ----------------------------------------------------------------------
