@@ -31,12 +31,20 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError(f"--price_per_chip_hour is more than 0, got {price:g}")
     if most is not None and most < 1:
         raise UserError(f"--max_compiles is 1 or more, got {most}")
-    measured = None if arguments.measured is None else Path(arguments.measured).expanduser()
-    if measured is not None and not (measured / "config.json").is_file():
-        raise UserError(f"--measured {measured} is no workdir: it has no config.json")
+    measured = arguments.measured
+    if measured is not None:
+        from clip_jax.checkpoint import Workdir
+
+        if not Workdir(measured).exists():
+            raise UserError(f"--measured {measured} is no workdir: it has no config.json")
     from clip_jax.planning.topology import open_topology, parse_topology, prepare
 
     wanted = parse_topology(arguments.topology)
+    if arguments.calibrate and wanted.platform != "cpu":
+        raise UserError(
+            f"--calibrate measures the CPUs of this machine, for --topology=cpu:N; {wanted.name} "
+            "is estimated by its data sheet, and --measured=WORKDIR tells how far that is off"
+        )
     from clip_jax.config import check_devices
     from clip_jax.config.load import load_config
 
@@ -51,9 +59,10 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from clip_jax.planning.plan import Wishes, make_plan
 
     if measured is not None:
-        from clip_jax.planning.estimate import compare
+        from clip_jax.planning.measured_run import compare
 
-        compare(measured, config, 1.0)  # whether it can be, before minutes of compiling
+        # Whether it can be, before minutes of compiling.
+        compare(measured, config, topology, expected_seconds=1.0)
     wishes = Wishes(
         calibration=_calibration(arguments, config, topology),
         price_per_chip_hour=price,
@@ -126,9 +135,10 @@ def _output(flag: str, name: str | None) -> Path | None:
     path = Path(name).expanduser().absolute()
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"{flag} {path} cannot be made: name a file in a folder that is there")
-    if path.is_file() or not path.exists():  # a pipe would wait for its reader
-        if problems := _problem(flag, path, lambda: _probe(path)):
-            raise UserError(problems[0])
+    if path.exists() and not path.is_file():
+        return path  # a pipe: opened, it would wait for its reader
+    if problems := _problem(flag, path, lambda: _probe(path)):
+        raise UserError(problems[0])
     return path
 
 

@@ -41,6 +41,7 @@ class Plan:
     shown: Judged | None  # the recipe where it fits, else what does; None where nothing does
     search: Search | None = None  # None: the recipe fits, or nothing was searched
     sweep: Sweep | None = None
+    not_compared: str | None = None  # a workdir: its run is of a recipe that does not fit
 
     @property
     def fits(self) -> bool:
@@ -63,7 +64,7 @@ class Wishes:
 
     calibration: Calibration | None = None
     price_per_chip_hour: float | None = None
-    measured: Path | None = None  # the workdir of a run to compare with
+    measured: str | None = None  # the workdir of a run to compare with
     searches: bool = True  # where the recipe does not fit
     sweep: tuple[str, ...] = ()  # axes
     max_compiles: int | None = None  # of the search, and of the sweep; None: their own limits
@@ -143,6 +144,7 @@ def plan_with(
         shown=shown,
         search=search,
         sweep=sweep,
+        not_compared=None if asked.fits else wishes.measured,
     )
 
 
@@ -175,4 +177,6 @@ def _does_not_fit(plan: Plan) -> Finding:
     assert plan.asked.needed_bytes is not None
     overrides = "" if plan.shown is None else " ".join(plan.shown.overrides)
     text = does_not_fit(plan.asked.needed_bytes, plan.topology, overrides=overrides)
+    if plan.not_compared is not None:
+        text += f"; the run in {plan.not_compared} is of the recipe as it is, and not compared"
     return Finding("does-not-fit", "error", text)

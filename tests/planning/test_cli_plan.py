@@ -5,8 +5,8 @@ import os
 import sys
 
 import pytest
+from checkpoint.buckets import Bucket
 from data.tars import pairs, write_tar
-
 from planning.test_report import fitting as made_by_hand
 
 from clip_jax.cli import main
@@ -98,6 +98,7 @@ def test_a_plan_for_four_cpu_devices(recipe, capsys):
         (("--price_per_chip_hour=0",), "cpu:4", "--price_per_chip_hour is more than 0, got 0"),
         (("--max_compiles=0",), "cpu:4", "--max_compiles is 1 or more, got 0"),
         (("--measured=missing",), "cpu:4", "--measured missing is no workdir"),
+        (("--calibrate",), "v5e:4x4", "--calibrate measures the CPUs of this machine"),
     ],
 )
 def test_bad_arguments_are_one_line_and_nothing_is_compiled(
@@ -128,6 +129,12 @@ def test_a_file_that_cannot_be_written_in_the_end_costs_no_other(
     assert "chip-hours" in shown.out
     assert shown.err == f"clip-jax: --json {figures} cannot be written: No such file or directory\n"
     assert "<title>" in page.read_text()
+
+
+def test_a_measured_run_may_be_in_a_bucket(recipe, capsys):
+    Bucket.empty()
+    assert plan(recipe, "--measured=teststore://bucket/run") == 2
+    assert "--measured teststore://bucket/run is no workdir" in capsys.readouterr().err
 
 
 def test_whether_a_file_can_be_written_is_asked_without_changing_it(recipe, tmp_path):

@@ -351,7 +351,7 @@ def test_the_command_prints_a_line_for_each_check_and_writes_them(
 
 def test_findings_that_cannot_be_written_are_told_before_anything_is_checked(sound, tmp_path):
     (tmp_path / "config.json").write_text(to_json(sound.config))
-    with pytest.raises(UserError, match="--json /proc/found.json cannot be written: "):
+    with pytest.raises(UserError, match=r"--json /proc/found\.json cannot be written: "):
         run(f"--config={tmp_path / 'config.json'}", "--json=/proc/found.json")
 
 

@@ -16,8 +16,9 @@ from planning.plan_cases import (
     trials_of,
 )
 
-from clip_jax.planning.estimate import Measured, Range
+from clip_jax.planning.estimate import Range
 from clip_jax.planning.findings import Finding
+from clip_jax.planning.measured_run import Measured
 from clip_jax.planning.page import render_plan_page, write_plan_page
 from clip_jax.planning.plan import Judged, Plan
 from clip_jax.planning.plan_setting import Attempt, Setting
