@@ -250,6 +250,45 @@ def test_257_tokens_open_another_tile():
     assert "tiles of 128 x 128 to 45%" in on_gpu
 
 
+def with_text(context_length, *, text=(), **changes):
+    model = preset("ViT-B-16")
+    text = dataclasses.replace(model.text, context_length=context_length, **dict(text))
+    data = DataConfig(
+        sources={"pairs": SourceConfig(path="x")}, packing=PackingConfig(group_size=0)
+    )
+    config = config_of(model=dataclasses.replace(model, text=text), **{"data": data} | changes)
+    return dict(shape_findings(Shapes(config, "gpu", chip_named("H100 SXM"), 64)))
+
+
+def test_what_fills_a_tile_and_costs_more_than_it_saves_is_not_advised():
+    # 197 tokens take two tiles of 128; 256 tokens would take 30% more of the tower.
+    text = shapes_of("ViT-L-16", chip="H100 SXM")["padded-image-tokens"]
+    assert "256 tokens would fill them and take 27.0% more" in text
+    assert text.endswith("more: nothing is gained with this model")
+    text = with_text(129)["padded-text-tokens"]
+    assert "256 tokens would fill them and take 22.1% more" in text
+    assert text.endswith("packed captions, exact as well, have fewer rows to pad")
+    packed = DataConfig(
+        sources={"pairs": SourceConfig(path="x")}, packing=PackingConfig(group_size=64, rows=60)
+    )
+    text = with_text(129, data=packed)["padded-text-tokens"]
+    assert text.endswith("nothing is gained with this model")
+
+
+def test_what_fills_a_tile_and_costs_less_is_advised():
+    """Attention is most of a tower that is narrow for the length of its sequences."""
+    narrow = {"width": 64, "num_heads": 2, "depth": 48}
+    text = with_text(1025, text=narrow)["padded-text-tokens"]
+    assert "a model.text.context_length of 1152 fills them for" in text
+
+
+def test_tokens_of_less_than_a_tile_cannot_be_mended():
+    for length in (12, 77, 128):
+        assert "padded-text-tokens" not in with_text(length)
+    # 50 tokens of a tile of 128 are a sixth of it.
+    assert "padded-image-tokens" not in shapes_of("ViT-B-32", chip="H100 SXM")
+
+
 def test_tokens_count_as_the_towers_see_them():
     b16 = preset("ViT-B-16").image
     assert tokens_of(b16) == 197
