@@ -35,6 +35,7 @@ from clip_jax.planning.estimate_speeds import (
     guessed_speeds,
 )
 from clip_jax.planning.hlo import COLLECTIVES, Collective
+from clip_jax.planning.known_errors import known_error
 from clip_jax.planning.links import Network
 from clip_jax.planning.measured_run import Measured, compare
 from clip_jax.planning.traffic import Reader
@@ -274,6 +275,8 @@ class _Times:
                 else "not calibrated: 40 GFLOP/s a core and 10 GB/s are guesses, a factor of "
                 f"{GUESSED_RANGE:g} either way; --calibrate measures this machine",
             ]
+            if calibration is not None:
+                lines.append(known_error(platform))
             return tuple(lines)
         if calibration is not None:
             lines.append(f"expected: as measured on one device: {calibration.describe()}")
@@ -302,7 +305,7 @@ class _Times:
                 "activations that lie on the host go there and back at 32 GB/s, while others "
                 "compute"
             )
-        lines.append("input, checkpoints and evaluation are left out")
+        lines += ["input, checkpoints and evaluation are left out", known_error(platform)]
         return tuple(lines)
 
 

@@ -135,7 +135,15 @@ def plan_with(
     sweep = None
     if wishes.sweep:
         sweep_trials = trials.with_limit(wishes.max_compiles or SWEEP_LIMIT)
-        sweep = run_sweep(config, topology, wishes.sweep, sweep_trials, judge)
+        sweep = run_sweep(
+            config,
+            topology,
+            wishes.sweep,
+            sweep_trials,
+            judge,
+            seconds=None if found is None or found.step is None else found.step.compile_seconds,
+            progress=progress,
+        )
     return Plan(
         config=config,
         topology=topology,

@@ -74,7 +74,13 @@ def sections(plan: Plan) -> list[Section]:
         sweep = plan.sweep
         line = f"{sweep.num_compiled} compiled (limit {sweep.limit}): "
         line += counted([point.attempt for point in sweep.points])
-        lines = [line, "* no other needs less memory and is as fast"]
+        best = "* no other needs less memory and is as fast"
+        if sweep.num_left_out:
+            best += (
+                f", of those compiled: {sweep.num_left_out} of {len(sweep.points)} were not tried, "
+                "and a larger --max_compiles tries them"
+            )
+        lines = [line, best]
         heading = f"Sweep of {', '.join(sweep.axes)}"
         parts.append(Section(heading=heading, table=sweep_table(sweep), lines=tuple(lines)))
     return parts

@@ -224,4 +224,6 @@ def test_a_calibrated_cpu_is_within_a_quarter_and_another_a_guess():
     guessed = estimate_of(program_of(), 2, **settings)
     assert guessed.mfu is None
     assert any("not calibrated" in line for line in guessed.assumptions)
+    assert any("16% in step time" in line for line in calibrated.assumptions)
+    assert not any("16% in step time" in line for line in guessed.assumptions)
     assert guessed.step_seconds.high == pytest.approx(9 * guessed.step_seconds.low)

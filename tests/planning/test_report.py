@@ -106,6 +106,21 @@ def lacking() -> Plan:
     )
 
 
+def test_a_frontier_of_some_of_the_grid_says_so():
+    config = config_of(mesh=(4, 4, 1))
+    axes = ("mesh", "remat")
+    whole = run_sweep(
+        config, TOPOLOGY, axes, trials_of(Compiler(10 * MIB), config, limit=100), estimate_of
+    )
+    assert "* no other needs less memory and is as fast\n" in text(fitting(sweep=whole), width=200)
+    few = run_sweep(
+        config, TOPOLOGY, axes, trials_of(Compiler(10 * MIB), config, limit=5), estimate_of
+    )
+    count = len(few.points)
+    said = f"and is as fast, of those compiled: {count - 5} of {count} were not tried"
+    assert said in text(fitting(sweep=few), width=200)
+
+
 @pytest.fixture(scope="module")
 def swept():
     config = config_of(mesh=(4, 4, 1))
