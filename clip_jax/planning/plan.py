@@ -99,6 +99,7 @@ def plan_with(
     progress: Callable[[str], None] = lambda _: None,
 ) -> Plan:
     """As `make_plan`, with what compiles a config."""
+    _check_slices(config, topology)
     states = state_bytes(config)
     trials = Trials(
         config,
@@ -154,6 +155,16 @@ def plan_with(
         sweep=sweep,
         not_compared=None if asked.fits else wishes.measured,
     )
+
+
+def _check_slices(config: ExperimentConfig, topology: Topology) -> None:
+    wanted = config.num_slices
+    if wanted is not None and wanted != topology.num_slices:
+        raise UserError(
+            f"config.num_slices is {wanted}, and topology {topology.name} has "
+            f"{topology.num_slices}; *N after its name is N slices or nodes, and "
+            "--config.num_slices=None takes as many as it has"
+        )
 
 
 def _judged(

@@ -95,6 +95,14 @@ def test_a_compiler_that_refuses_the_recipe_is_an_error_of_one_line(topology):
         plan_with(broken, config_of(mesh=(-1, 1, 1)), topology, Wishes())
 
 
+def test_slices_of_the_config_are_those_of_the_topology(topology):
+    config = config_of(mesh=(-1, 1, 1), num_slices=2)
+    with pytest.raises(UserError, match="num_slices is 2, and topology cpu:8 has 1"):
+        plan_of(20, topology, config)
+    two = dataclasses.replace(topology, num_slices=2)
+    assert plan_of(20, two, config)[0].fits
+
+
 def test_state_is_split_by_fsdp_and_tensor_and_not_by_data():
     config = config_of()
     of = state_bytes(config)
