@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from clip_jax.planning.topology import Topology
 
 
+_MOST_DEVICES = 2**17  # of a run; the largest clusters have about as many
+
+
 def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """0 where the recipe fits and nothing is an error, else 2; warnings count for nothing."""
     figures, page = _output("--json", arguments.json), _output("--html", arguments.html)
@@ -164,6 +167,8 @@ def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
     hosts, devices = arguments.num_hosts, arguments.num_devices
     if hosts < 1 or (devices is not None and devices < 1):
         raise UserError("--num_hosts and --num_devices are 1 or more")
+    if max(hosts, devices or 0) > _MOST_DEVICES:
+        raise UserError(f"--num_hosts and --num_devices are at most {_MOST_DEVICES:,}")
     output = _output("--json", arguments.json)
     started = time.monotonic()
     from clip_jax.planning.doctor import DEVICE_SECONDS, SECONDS, diagnose, diagnose_machine

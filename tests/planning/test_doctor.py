@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -210,6 +211,39 @@ def test_nothing_is_made_where_there_is_no_workdir(sound, tmp_path):
     diagnosis = examine(case(sound, workdir=Workdir(tmp_path / "a" / "b")), "workdir")
     assert lines(diagnosis, "error") == []
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["bucket", "file", "in a file"])
+def test_a_workdir_that_cannot_be_used_is_told_once(sound, tmp_path, place):
+    """Nor is what depends on it called sound."""
+    (tmp_path / "file").write_text("")
+    folder = {
+        "bucket": "gs://bucket/run",
+        "file": str(tmp_path / "file"),
+        "in a file": str(tmp_path / "file" / "run"),
+    }[place]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "gcsfs", None)
+        found = diagnose(case(sound, workdir=Workdir(folder)), seconds=60)
+    assert [finding.check for finding in found.findings if finding.level != "ok"] == ["workdir"]
+    assert not {"lock", "checkpoints", "room"} & {finding.check for finding in found.findings}
+    said = "pip install 'clip-jax-training[gcs]'" if place == "bucket" else "is a file; name a"
+    assert said in lines(found, "error")[0].text
+
+
+def test_of_other_machines_a_plan_tells_whether_a_step_fits(sound):
+    def state(**changes):
+        found = examine(case(sound, **changes), "state").findings
+        return next(finding.text for finding in found if finding.check == "state")
+
+    assert "each of 16 devices, of an unknown kind; `clip-jax plan" in state(num_devices=16)
+    assert "clip-jax plan" not in state()
+
+
+def test_numbers_of_devices_that_nobody_has_are_refused(sound, tmp_path):
+    (tmp_path / "config.json").write_text(to_json(sound.config))
+    with pytest.raises(UserError, match="--num_devices are at most 131,072"):
+        run(f"--config={tmp_path / 'config.json'}", "--num_devices=99999999")
 
 
 @pytest.fixture
