@@ -2,7 +2,7 @@
 
     python benchmarks/plans.py tpu      # pip install 'clip-jax-training[plan-tpu]'
     python benchmarks/plans.py cuda     # pip install 'clip-jax-training[plan-cuda]'
-    python benchmarks/plans.py tables   # those of results/plans.json, compiling nothing
+    python benchmarks/plans.py tables   # those of the JSON files in results/, compiling nothing
 
 Recipes of configs/ at other batch sizes, as `clip-jax plan` makes them, each in a process of its
 own; where a recipe does not fit, what the search finds. Nothing runs. Large steps take minutes to
@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "plans.json"
+ACCURACY = Path(__file__).parent / "results" / "plan_accuracy.json"  # of plan_accuracy.py
 DOCS = ROOT / "docs" / "planning.md"
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 _GIB = 2**30
 
 
@@ -117,7 +117,8 @@ def _column(result: dict[str, Any]) -> dict[str, str]:
         *("sent", "step time, ms", "bound by", "MFU", "samples/s", "days", "chip-hours"),
     )
     if shown is None:
-        return column | dict.fromkeys((*labels, "compiled in", "findings"), "nothing fits")
+        left = dict.fromkeys((*labels, "compiled in"), "nothing fits")
+        return column | left | {"whole command": _command(result), "findings": "nothing fits"}
     estimate = shown["estimate"]
     data, fsdp, _ = shown["mesh"]
     needed = shown["analytic_flops_per_sample"] * shown["global_batch_size"]
@@ -139,8 +140,54 @@ def _column(result: dict[str, Any]) -> dict[str, str]:
     return (
         column
         | dict(zip(labels, figures, strict=True))
-        | {"compiled in": f"{shown['compile_seconds']:.0f} s", "findings": codes or "none"}
+        | {
+            "compiled in": f"{shown['compile_seconds']:,.0f} s",
+            "whole command": _command(result),
+            "findings": codes or "none",
+        }
     )
+
+
+def _command(result: dict[str, Any]) -> str:
+    """With what did not fit before what does."""
+    search = result["plan"]["search"]
+    number = 1 + (0 if search is None else search["num_compiled"])
+    return f"{result['command_seconds']:,.0f} s, {number} compilation{'s' if number > 1 else ''}"
+
+
+def accuracy(results: dict[str, Any]) -> str:
+    """Markdown: what was predicted and measured, of each platform that was."""
+    sections = []
+    for measured in results.values():
+        rows = [
+            [
+                row["size"],
+                f"`{row['topology']}`",
+                *(f"{row[side]['memory_bytes'] / _GIB:.2f}" for side in ("predicted", "measured")),
+                f"{row['memory_error']:+.1%}",
+                f"{1e3 * row['predicted']['seconds'][1]:,.0f}",
+                f"{1e3 * row['measured']['seconds']:,.0f}",
+                f"{row['time_error']:+.1%}",
+            ]
+            for row in measured["rows"]
+        ]
+        environment = measured["environment"]
+        worst = [
+            max(abs(row[f"{of}_error"]) for row in measured["rows"]) for of in ("memory", "time")
+        ]
+        header = ["size", "topology", "GiB planned", "measured", "error"]
+        sections.append(
+            f"On {_machine(environment)}: memory within {worst[0]:.0%}, times within "
+            f"{worst[1]:.0%}.\n\n" + _markdown([*header, "ms planned", "measured", "error"], rows)
+        )
+    return "\n\n".join(sections)
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    jax = f"JAX {environment['packages']['jax']}"
+    if environment["platform"] == "cpu":
+        return f"{environment['cores']} cores of an {environment['processor']} ({jax})"
+    return f"{environment['num_devices']} {environment['device']} ({jax})"
 
 
 def _as_it_is(asked: dict[str, Any]) -> str:
@@ -206,11 +253,14 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write_tables(results: list[dict[str, Any]]) -> None:
-    """Puts the tables between the marks of docs/planning.md."""
-    before, _, rest = DOCS.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    DOCS.write_text(f"{before}{BEGIN}\n\n{tables(results)}\n\n{END}{after}")
+def write_tables(name: str, tables: str) -> None:
+    """Puts them between the marks of docs/planning.md that have this name."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, found, rest = DOCS.read_text().partition(begin)
+    _, ended, after = rest.partition(end)
+    if not (found and ended):
+        raise SystemExit(f"{DOCS} has no {begin} ... {end}")
+    DOCS.write_text(f"{before}{begin}\n\n{tables}\n\n{end}{after}")
 
 
 def main() -> None:
@@ -228,8 +278,10 @@ def main() -> None:
         rows = [by_name[c.name] for c in CASES if c.name in by_name]
         RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     rows = [by_name[case.name] for case in CASES if case.name in by_name]
-    write_tables(rows)
+    write_tables("tables", tables(rows))
     print(tables(rows))
+    if ACCURACY.exists():
+        write_tables("accuracy", accuracy(json.loads(ACCURACY.read_text())))
 
 
 if __name__ == "__main__":

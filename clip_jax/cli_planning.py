@@ -48,12 +48,12 @@ def _add_plan(subparsers: Any) -> None:
         "--measured",
         "--workdir",
         metavar="WORKDIR",
-        help="a run of this config on this hardware, to compare the estimate with",
+        help="a run of this config on this hardware (also gs://), to compare the estimate with",
     )
     plan.add_argument(
         "--calibrate",
         action="store_true",
-        help="first measure this machine, which must be what the topology names; kept for later",
+        help="first measure this machine, for cpu:N alone; kept for later",
     )
 
 

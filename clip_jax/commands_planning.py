@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,20 +21,33 @@ if TYPE_CHECKING:
     from clip_jax.planning.topology import Topology
 
 
+_MOST_DEVICES = 2**17  # of a run; the largest clusters have about as many
+
+
 def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """0 where the recipe fits and nothing is an error, else 2; warnings count for nothing."""
     figures, page = _output("--json", arguments.json), _output("--html", arguments.html)
+    if figures is not None and figures == page:
+        raise UserError(f"--json and --html both name {page}; name two files")
     price, most = arguments.price_per_chip_hour, arguments.max_compiles
     if price is not None and not 0 < price < float("inf"):
         raise UserError(f"--price_per_chip_hour is more than 0, got {price:g}")
     if most is not None and most < 1:
         raise UserError(f"--max_compiles is 1 or more, got {most}")
-    measured = None if arguments.measured is None else Path(arguments.measured).expanduser()
-    if measured is not None and not (measured / "config.json").is_file():
-        raise UserError(f"--measured {measured} is no workdir: it has no config.json")
+    measured = arguments.measured
+    if measured is not None:
+        from clip_jax.checkpoint import Workdir
+
+        if not Workdir(measured).exists():
+            raise UserError(f"--measured {measured} is no workdir: it has no config.json")
     from clip_jax.planning.topology import open_topology, parse_topology, prepare
 
     wanted = parse_topology(arguments.topology)
+    if arguments.calibrate and wanted.platform != "cpu":
+        raise UserError(
+            f"--calibrate measures the CPUs of this machine, for --topology=cpu:N; {wanted.name} "
+            "is estimated by its data sheet, and --measured=WORKDIR tells how far that is off"
+        )
     from clip_jax.config import check_devices
     from clip_jax.config.load import load_config
 
@@ -49,9 +62,10 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from clip_jax.planning.plan import Wishes, make_plan
 
     if measured is not None:
-        from clip_jax.planning.estimate import compare
+        from clip_jax.planning.measured_run import compare
 
-        compare(measured, config, 1.0)  # whether it can be, before minutes of compiling
+        # Whether it can be, before minutes of compiling.
+        compare(measured, config, topology, expected_seconds=1.0)
     wishes = Wishes(
         calibration=_calibration(arguments, config, topology),
         price_per_chip_hour=price,
@@ -69,14 +83,17 @@ def plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from clip_jax.planning.report_json import to_json
 
     print(text(made, width=shutil.get_terminal_size((100, 24)).columns), end="")
-    try:
-        if figures is not None:
-            figures.write_text(json.dumps(to_json(made), indent=2) + "\n")
-        if page is not None:
-            write_plan_page(page, made)
+    problems = []
+    if figures is not None:
+        content = json.dumps(to_json(made), indent=2) + "\n"
+        problems += _problem("--json", figures, lambda: figures.write_text(content))
+    if page is not None:
+        found = _problem("--html", page, lambda: write_plan_page(page, made))
+        problems += found
+        if not found:
             print(f"page: {page}")
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be written: {error.strerror}") from None
+    if problems:
+        raise UserError("; ".join(problems))
     return made.exit_code
 
 
@@ -112,13 +129,37 @@ def _say(line: str) -> None:
 
 
 def _output(flag: str, name: str | None) -> Path | None:
-    """Raises UserError, before anything is computed, where a file of this name cannot be made."""
+    """Raises UserError, before anything is computed, where a file of this name cannot be written.
+
+    One that is there stays as it is.
+    """
     if name is None:
         return None
     path = Path(name).expanduser().absolute()
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"{flag} {path} cannot be made: name a file in a folder that is there")
+    if path.exists() and not path.is_file():
+        return path  # a pipe: opened, it would wait for its reader
+    if problems := _problem(flag, path, lambda: _probe(path)):
+        raise UserError(problems[0])
     return path
+
+
+def _probe(path: Path) -> None:
+    """Opens a file for writing and changes nothing. Raises OSError where that cannot be done."""
+    is_new = not path.exists()
+    path.open("a").close()
+    if is_new:
+        path.unlink()
+
+
+def _problem(flag: str, path: Path, write: Callable[[], object]) -> list[str]:
+    """Why `path` cannot be written, in a line, if so: what else is to be written still is."""
+    try:
+        write()
+    except OSError as error:
+        return [f"{flag} {path} cannot be written: {error.strerror or error}"]
+    return []
 
 
 def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -126,6 +167,8 @@ def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
     hosts, devices = arguments.num_hosts, arguments.num_devices
     if hosts < 1 or (devices is not None and devices < 1):
         raise UserError("--num_hosts and --num_devices are 1 or more")
+    if max(hosts, devices or 0) > _MOST_DEVICES:
+        raise UserError(f"--num_hosts and --num_devices are at most {_MOST_DEVICES:,}")
     output = _output("--json", arguments.json)
     started = time.monotonic()
     from clip_jax.planning.doctor import DEVICE_SECONDS, SECONDS, diagnose, diagnose_machine
@@ -155,9 +198,12 @@ def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
         diagnosis = diagnose(case, seconds=max(SECONDS - spent, SECONDS / 2))
         diagnosis.findings.insert(0, Finding("ok", "config", f"{config.name} is valid"))
     _show(diagnosis)
-    if output is not None:
-        output.write_text(json.dumps(diagnosis.to_json(), indent=2) + "\n")
     code = 2 if diagnosis.count("error") else 0
+    if output is not None:
+        content = json.dumps(diagnosis.to_json(), indent=2) + "\n"
+        for problem in _problem("--json", output, lambda: output.write_text(content)):
+            _say(f"clip-jax: {problem}")
+            code = 2
     if diagnosis.unfinished:
         # Pools of threads would be waited for, however long what they read does not answer.
         sys.stdout.flush()
@@ -166,7 +212,10 @@ def doctor(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _show(diagnosis: "Diagnosis") -> None:
+    from clip_jax.planning.doctor_case import counted
+
     for level, check, text in diagnosis.findings:
         print(f"{level:8}{check:12} {text}")
     errors, warnings = diagnosis.count("error"), diagnosis.count("warning")
-    print(f"{errors} errors, {warnings} warnings in {len(diagnosis.seconds)} checks")
+    numbers = f"{counted(errors, 'error')}, {counted(warnings, 'warning')}"
+    print(f"{numbers} in {counted(len(diagnosis.seconds), 'check')}")

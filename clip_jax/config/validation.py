@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from clip_jax.config.convert import flatten
-from clip_jax.config.errors import ConfigError
+from clip_jax.config.errors import ConfigError, nearest_multiples
 from clip_jax.config.packing import check_packed_batch
 from clip_jax.config.schema import ExperimentConfig
 from clip_jax.config.validation_data import check_data
@@ -138,10 +138,9 @@ def check_devices(config: ExperimentConfig, num_devices: int) -> tuple[int, int,
         ),
     ):
         if batch % parts:
-            below, above = batch // parts * parts, -(-batch // parts) * parts
-            nearest = f"{below} or {above}" if below else f"{above}"
             raise ConfigError(
-                f"config.{name} {batch} is not divisible by {spelled} = {parts}; nearest: {nearest}"
+                f"config.{name} {batch} is not divisible by {spelled} = {parts}; nearest: "
+                f"{nearest_multiples(batch, parts)}"
             )
     check_packed_batch(config, shards)
     return data, fsdp, tensor

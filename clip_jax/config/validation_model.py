@@ -2,7 +2,7 @@
 
 import math
 
-from clip_jax.config.errors import ConfigError
+from clip_jax.config.errors import ConfigError, nearest_multiples
 from clip_jax.config.schema import ImageTowerConfig, ModelConfig, TextTowerConfig
 
 KINDS_WITH_HEADS = {"image": ("vit", "naflex"), "text": ("transformer", "bert")}
@@ -93,11 +93,9 @@ def _check_image(image: ImageTowerConfig) -> None:
         )
     crops = image.crop_to_patches and image.stem == "patch" and image.image_size > image.patch_size
     if image.image_size % image.patch_size and not crops:
-        below = image.image_size // image.patch_size * image.patch_size
-        nearest = f"{below} or {below + image.patch_size}" if below else f"{image.patch_size}"
         raise ConfigError(
             f"config.model.image.image_size {image.image_size} is not divisible by patch_size "
-            f"{image.patch_size}; nearest: {nearest}"
+            f"{image.patch_size}; nearest: {nearest_multiples(image.image_size, image.patch_size)}"
         )
     if image.stem == "conv":
         widths, strides = image.stem_widths, image.stem_strides

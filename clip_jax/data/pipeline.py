@@ -6,7 +6,7 @@ from typing import Any, Protocol, Self
 import grain
 import numpy as np
 
-from clip_jax.config.errors import UserError
+from clip_jax.config.errors import UserError, nearest_multiples
 from clip_jax.config.schema import DataConfig, ImageTowerConfig
 from clip_jax.data.host_batches import (
     Batch,
@@ -262,8 +262,7 @@ def _check_once(
 
 def _check_divisible(name: str, batch_size: int, process_count: int) -> None:
     if batch_size % process_count:
-        below = batch_size // process_count * process_count
         raise UserError(
             f"{name} {batch_size} is not divisible by {process_count} processes; "
-            f"nearest: {below or process_count} or {below + process_count}"
+            f"nearest: {nearest_multiples(batch_size, process_count)}"
         )

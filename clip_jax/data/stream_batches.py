@@ -21,7 +21,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from clip_jax.config.errors import UserError
+from clip_jax.config.errors import UserError, nearest_multiples
 from clip_jax.config.schema import DataConfig, ImageTowerConfig
 from clip_jax.data.host_batches import Batch, TextInputs
 from clip_jax.data.pipeline import BatchIterator
@@ -47,10 +47,9 @@ def local_streams(num_streams: int, process_index: int, process_count: int) -> r
     Raises UserError if they do not divide over the processes.
     """
     if num_streams % process_count:
-        below = num_streams // process_count * process_count
         raise UserError(
             f"data.stream.num_streams {num_streams} is not divisible by {process_count} processes; "
-            f"nearest: {below or process_count} or {below + process_count}"
+            f"nearest: {nearest_multiples(num_streams, process_count)}"
         )
     count = num_streams // process_count
     return range(process_index * count, (process_index + 1) * count)
@@ -87,10 +86,9 @@ def stream_batches(
     num_streams = config.stream.num_streams
     streams = local_streams(num_streams, process_index, process_count)
     if global_batch_size % num_streams:
-        below = global_batch_size // num_streams * num_streams
         raise UserError(
             f"global_batch_size {global_batch_size} is not divisible by data.stream.num_streams "
-            f"{num_streams}; nearest: {below or num_streams} or {below + num_streams}"
+            f"{num_streams}; nearest: {nearest_multiples(global_batch_size, num_streams)}"
         )
     run = StreamingRun(
         config=config,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from clip_jax.config import ConfigError, ImageTowerConfig
+from clip_jax.config.errors import nearest_multiples
 from clip_jax.models.layers import Array, Execution, attention
 from clip_jax.models.vit import normalize_image
 
@@ -314,10 +315,8 @@ class ModifiedResNet(nnx.Module):
             return 1
         size = self.config.batch_norm_group_size
         if num_rows % size:
-            below = num_rows // size * size
-            nearest = f"{below} or {below + size}" if below else f"{size}"
             raise ConfigError(
                 f"config.model.image.batch_norm_group_size {size} does not divide the {num_rows} "
-                f"rows of a microbatch; nearest number of rows: {nearest}"
+                f"rows of a microbatch; nearest number of rows: {nearest_multiples(num_rows, size)}"
             )
         return num_rows // size

@@ -41,15 +41,16 @@ def _packing(config: ExperimentConfig, num_devices: int) -> tuple[PackingConfig,
         group = choose_group_size(config, data * fsdp)
     if not group:
         return PackingConfig(group_size=0), ""
+    tokens = min(_TOKENS, length)  # longer ones are cut
     share = next((share for size, share in _ROWS.items() if group >= size), 1.0)
     rows = min(group, -(-group * share * _LENGTH // length))
     if given is None and rows > _MOST_ROWS * group:
         return PackingConfig(group_size=0), (
-            f"captions of {_TOKENS} tokens on average, a caption to a row: in rows of {length} "
+            f"captions of {tokens} tokens on average, a caption to a row: in rows of {length} "
             "packing saves little; a run measures its own at its first start"
         )
     return PackingConfig(group_size=group, rows=int(rows)), (
-        f"captions of {_TOKENS} tokens on average, so that {group} share {int(rows)} rows of "
+        f"captions of {tokens} tokens on average, so that {group} share {int(rows)} rows of "
         f"{length}; a run measures its own at its first start, and --config.data.packing.rows "
         "with group_size gives them"
     )

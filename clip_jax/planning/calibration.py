@@ -94,7 +94,7 @@ def calibrate(topology: "Topology") -> Calibration:
     rough = Calibration(
         platform=topology.platform,
         device_kind=_device_kind(device),
-        num_cores=_num_cores() if on_cpu else 0,
+        num_cores=num_cores() if on_cpu else 0,
         num_devices=topology.num_devices,
         matmul_flops=flops,
         memory_bandwidth=bandwidth,
@@ -221,19 +221,36 @@ def load_calibration(topology: "Topology", cache: Path) -> Calibration | None:
 
     Of one device where there is none of as many.
     """
-    num_cores = _num_cores() if topology.platform == "cpu" else 0
+    cores = num_cores() if topology.platform == "cpu" else 0
     kind = _device_kind(topology.devices[0])
     for num_devices in dict.fromkeys((topology.num_devices, 1)):
-        path = _path(cache, topology.platform, kind, num_cores, num_devices)
+        path = _path(cache, topology.platform, kind, cores, num_devices)
         if not path.exists():
             continue
-        values = json.loads(path.read_text())
-        if values["versions"] == _versions():
-            return Calibration(**values)
+        try:
+            found = _parsed(path.read_text())
+        except (OSError, ValueError, TypeError) as error:
+            logger.warning("%s is damaged: measure again with --calibrate: %s", path, error)
+            continue
+        if found.versions == _versions():
+            return found
         logger.warning(
-            "%s was measured with %s: measure again with --calibrate", path, values["versions"]
+            "%s was measured with %s: measure again with --calibrate", path, found.versions
         )
     return None
+
+
+def _parsed(text: str) -> Calibration:
+    """Raises ValueError or TypeError where it is not what `save_calibration` writes now."""
+    found = Calibration(**json.loads(text))
+    numbers = [
+        found.memory_bandwidth,
+        *(found.matmul_flops[dtype] for dtype in _DTYPES if dtype in found.matmul_flops),
+    ]
+    factors = [found.products_factor, found.memory_factor, found.seconds_per_instruction]
+    if len(numbers) < 1 + len(_DTYPES) or min(numbers) <= 0 or min(factors) < 0:
+        raise ValueError("a rate is missing, or not above 0")
+    return found
 
 
 def _path(cache: Path, platform_name: str, kind: str, num_cores: int, num_devices: int) -> Path:
@@ -273,7 +290,8 @@ def _device_kind(device: Any) -> str:
     return next(names, platform.machine())
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
+    """Those that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -32,7 +32,7 @@ from clip_jax.planning.compile_cache import CompileCache
 from clip_jax.planning.compiler_errors import DoesNotFit, does_not_fit, one_line, sizes_too_large
 from clip_jax.planning.hlo import Program
 from clip_jax.planning.memory import Allocated, Memory, memory_of
-from clip_jax.planning.topology import Platform, Topology, preallocated
+from clip_jax.planning.topology import FRACTION, Platform, Topology, preallocated
 from clip_jax.tasks import ContrastiveTask
 from clip_jax.training.optimizer import make_optimizer
 from clip_jax.training.schedule import make_schedule
@@ -119,9 +119,7 @@ def compile_step(
     )
     has = topology.usable_bytes
     if topology.platform == "gpu":
-        assumptions += (
-            f"JAX takes {preallocated():.0%} of a GPU's memory ($XLA_PYTHON_CLIENT_MEM_FRACTION)",
-        )
+        assumptions += (f"JAX takes {preallocated():.0%} of a GPU's memory (${FRACTION})",)
     if must_fit and has is not None and memory.total > has:
         raise _too_large(topology, memory.total, has)
     return CompiledStep(

@@ -68,6 +68,11 @@ def is_writable(path: Path) -> bool:
     return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
 
 
+def counted(number: int, what: str) -> str:
+    """`1 error`, `1,200 errors`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def size(num_bytes: float) -> str:
     """`1.2 GB`."""
     for unit in ("B", "kB", "MB", "GB"):

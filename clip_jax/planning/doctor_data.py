@@ -22,7 +22,7 @@ from clip_jax.data.stream_batches import local_streams
 from clip_jax.data.streams import StreamedSource, check_tars
 from clip_jax.data.tokenizer_fit import check_fit
 from clip_jax.data.tokenizers import Tokenizer
-from clip_jax.planning.doctor_case import Case, Checks, Finding, is_writable, refusals
+from clip_jax.planning.doctor_case import Case, Checks, Finding, counted, is_writable, refusals
 from clip_jax.planning.doctor_samples import Counted, Sampled, sample_source
 from clip_jax.training.measured import count_epochs
 from clip_jax.training.vocabulary import kept_tokenizer
@@ -68,7 +68,7 @@ class DataChecks:
         """The one that `prepare_tokenizer` would take, and whether the text tower fits it."""
         config, text = self._config, self._config.model.text
         folders = [self._case.workdir, config.start.branch and Workdir(config.start.branch)]
-        kept = next((f.tokenizer for f in folders if f and f.tokenizer.exists()), None)
+        kept = next((f.tokenizer for f in folders if f and _has_tokenizer(f)), None)
         if kept is not None:
             self._tokenizer = kept_tokenizer(kept)
         elif config.data.tokenizer.kind != "bpe" or config.data.streams:
@@ -249,6 +249,14 @@ class DataChecks:
             yield Finding("error", "samples", f"{text}; lower it or add tars")
 
 
+def _has_tokenizer(folder: Workdir) -> bool:
+    """A folder that does not answer is told by the check of the workdir or the start."""
+    try:
+        return folder.tokenizer.exists()
+    except UserError:
+        return False
+
+
 def _no_text(captions: Sequence[str]) -> dict[str, NDArray[Any]]:
     raise AssertionError(f"no batch is made, and yet {len(captions)} captions came")
 
@@ -263,7 +271,7 @@ def _judged(
 ) -> Finding:
     """fails: whether a bad sample ends the run."""
     about = "" if sampled.exact else "about "
-    files = f" in {len(sampled.files):,} files" if sampled.files else ""
+    files = f" in {counted(len(sampled.files), 'file')}" if sampled.files else ""
     of = f"{about}{found.num_samples if sampled.exact else sampled.total:,}{files}"
     bad = found.num_bad.total()
     first = f": {found.bad_samples[0].name}: {found.bad_samples[0].message}" if bad else ""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from clip_jax.config.errors import UserError
-from clip_jax.planning.doctor_case import Case, Checks, Finding, refusals
+from clip_jax.planning.doctor_case import Case, Checks, Finding, counted, refusals
 from clip_jax.planning.doctor_machine import NVIDIA_PLUGINS, TPU_PLUGIN, Machine
 
 # `from flax import nnx` raises.
@@ -72,10 +72,12 @@ def check_devices_here(machine: Machine, *, elsewhere: bool) -> Iterator[Finding
         asked = f" (JAX_PLATFORMS={machine.platforms} asks for them)" if machine.platforms else ""
         yield Finding("warning" if elsewhere else "error", "devices", f"{error}{asked}")
         return
-    here = f"{devices.count} {devices.platform} devices ({devices.device_kind})"
+    here = f"{counted(devices.count, f'{devices.platform} device')} ({devices.device_kind})"
     if devices.platform == "cpu" and (machine.num_gpus or machine.num_tpus):
         there = (
-            f"{machine.num_gpus} NVIDIA GPUs" if machine.num_gpus else f"{machine.num_tpus} TPUs"
+            counted(machine.num_gpus, "NVIDIA GPU")
+            if machine.num_gpus
+            else counted(machine.num_tpus, "TPU")
         )
         text = f"JAX computes on the CPU though {there} are here: {_why_unused(machine)}"
         yield Finding("warning" if elsewhere else "error", "devices", text)
@@ -128,7 +130,9 @@ def check_mesh(case: Case) -> Iterator[Finding]:
         yield Finding("warning", "mesh", f"{config.mesh}: {_UNKNOWN}")
         return
     if num_devices % hosts:
-        text = f"{num_devices} devices do not divide over {hosts} hosts; mend --num_devices"
+        text = (
+            f"{num_devices} devices do not divide over {counted(hosts, 'host')}; mend --num_devices"
+        )
         yield Finding("error", "mesh", text)
         return
     data, fsdp, tensor = check_devices(config, num_devices)
@@ -136,8 +140,8 @@ def check_mesh(case: Case) -> Iterator[Finding]:
     if of_host % tensor:
         sound = False
         text = (
-            f"the tensor axis {tensor} does not divide the {of_host} devices of a host, and must "
-            f"lie within one; choose a tensor size of config.mesh {config.mesh} that does"
+            f"the tensor axis {tensor} does not divide the {counted(of_host, 'device')} of a host, "
+            f"and must lie within one; choose a tensor size of config.mesh {config.mesh} that does"
         )
         yield Finding("error", "mesh", text)
     if config.num_slices is not None:
@@ -151,5 +155,7 @@ def check_mesh(case: Case) -> Iterator[Finding]:
             yield refusal
     if sound:
         rows = config.global_batch_size // (data * fsdp * config.microbatches)
-        text = f"{num_devices} devices as data {data} x fsdp {fsdp} x tensor {tensor}"
-        yield Finding("ok", "mesh", f"{text}; {rows} samples of a device in a microbatch")
+        text = f"{counted(num_devices, 'device')} as data {data} x fsdp {fsdp} x tensor {tensor}"
+        yield Finding(
+            "ok", "mesh", f"{text}; {counted(rows, 'sample')} of a device in a microbatch"
+        )

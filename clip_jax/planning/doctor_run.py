@@ -27,6 +27,7 @@ from clip_jax.planning.doctor_case import (
     Checks,
     Finding,
     Level,
+    counted,
     nearest_existing,
     refusals,
     size,
@@ -67,6 +68,7 @@ class RunChecks:
         self._case, self._config, self._workdir = case, case.config, case.workdir
         if self._workdir is not None:
             self._config = _measured(case.config, self._workdir)
+        self._workdir_is_usable = True  # until its own check tells that it is not
         self._mesh = _mesh(case)
         self._task = ContrastiveTask(
             self._config,
@@ -91,7 +93,8 @@ class RunChecks:
         )
         count = count_parameters(self._abstract.params)
         text = f"{count:,} parameters; with the optimizer {size(self._num_bytes)}, {size(local)} on"
-        text += f" each of {self._mesh.size} devices"
+        count = self._mesh.size
+        text += " the device" if count == 1 else f" each of {count:,} devices"
         chip = None
         if not self._case.elsewhere:
             with contextlib.suppress(TimeoutError, UserError):  # the check of devices tells those
@@ -100,6 +103,9 @@ class RunChecks:
             remedy = "split it with a larger fsdp axis, as in --config.mesh='(-1, 8, 1)'"
             has = size(chip.memory_bytes / chip.num_devices)
             yield Finding("error", "state", f"{text}, which has {has} ({chip.name}); {remedy}")
+        elif self._case.elsewhere:
+            asked = "`clip-jax plan --topology=...` tells whether a step fits there"
+            yield Finding("ok", "state", f"{text}, of an unknown kind; {asked}")
         else:
             yield Finding("ok", "state", text)
 
@@ -112,9 +118,10 @@ class RunChecks:
         path = workdir.path
         if isinstance(path, Path) and not path.exists():
             # What a run would make there is not made; a file in the way is found as one.
-            Workdir(nearest_existing(path)).check_writable()
+            self._check_writable(Workdir(nearest_existing(path)))
             yield Finding("ok", "workdir", f"{path} can be made")
             return
+        self._check_writable(workdir)
         changes = check_workdir(workdir, self._config, allow_config_change=False)
         if not workdir.exists():
             yield Finding("ok", "workdir", f"{path} can be written; no run is in it")
@@ -123,9 +130,17 @@ class RunChecks:
         text = f"{path} can be written; its run goes on{changed if changes else ''}"
         yield Finding("ok", "workdir", text)
 
+    def _check_writable(self, workdir: Workdir) -> None:
+        """What would be looked at in the workdir is left out where it cannot be: one line is."""
+        try:
+            workdir.check_writable()
+        except UserError:
+            self._workdir_is_usable = False
+            raise
+
     def lock(self) -> Iterator[Finding]:
         """Whether another run trains there."""
-        if self._workdir is None:
+        if self._workdir is None or not self._workdir_is_usable:
             return
         path = self._workdir.path
         if isinstance(path, BucketPath):
@@ -137,7 +152,7 @@ class RunChecks:
 
     def checkpoints(self) -> Iterator[Finding]:
         """The newest that is whole, and whether the run can go on from it."""
-        if self._workdir is None:
+        if self._workdir is None or not self._workdir_is_usable:
             return
         shelf = Shelf(self._workdir.checkpoints)
         numbered = shelf.numbered()
@@ -187,6 +202,8 @@ class RunChecks:
 
     def room(self) -> Iterator[Finding]:
         """For all the checkpoints that are to be kept, and the one that is being saved."""
+        if not self._workdir_is_usable:
+            return
         number = self._most_kept()
         needed = number * self._num_bytes
         text = f"at most {number:,} checkpoints of {size(self._num_bytes)}: {size(needed)}"
@@ -214,12 +231,13 @@ class RunChecks:
         if data.streams:
             mine = math.ceil(data.stream.num_streams / hosts)
             tars = mine * data.stream.interleave * len(data.sources)
-            parts[f"{mine} streams"] = mine * WINDOW_BYTES + tars * _READ_AHEAD
+            parts[counted(mine, "stream")] = mine * WINDOW_BYTES + tars * _READ_AHEAD
         if config.checkpoint.asynchronous:
             parts["a checkpoint being saved"] = self._num_bytes // hosts
         needed, has = sum(parts.values()), self._case.machine.memory_bytes
         told = ", ".join(f"{what} {size(number)}" for what, number in parts.items())
-        text = f"{size(needed)} on each of {hosts} hosts ({told})"
+        where = "" if hosts == 1 else f" on each of {hosts:,} hosts"
+        text = f"{size(needed)}{where} ({told})"
         if has is None or self._case.elsewhere:
             yield Finding("ok", "memory", text)
         elif needed > _MOST_MEMORY * has:

@@ -11,21 +11,14 @@ the links they use. Three times are given:
 """
 
 import dataclasses
-import json
 import math
-import os
-import statistics
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from clip_jax.checkpoint import Workdir
-from clip_jax.config import ExperimentConfig
-from clip_jax.config.errors import UserError
 from clip_jax.models import Execution
 from clip_jax.parallel import make_mesh
 from clip_jax.planning.attention import unfused_arrays
-from clip_jax.planning.calibration import Calibration
+from clip_jax.planning.calibration import Calibration, num_cores
 from clip_jax.planning.estimate_schedule import Schedule, Timed
 from clip_jax.planning.estimate_speeds import (
     CALIBRATED_RANGE,
@@ -42,7 +35,9 @@ from clip_jax.planning.estimate_speeds import (
     guessed_speeds,
 )
 from clip_jax.planning.hlo import COLLECTIVES, Collective
+from clip_jax.planning.known_errors import known_error
 from clip_jax.planning.links import Network
+from clip_jax.planning.measured_run import Measured, compare
 from clip_jax.planning.traffic import Reader
 from clip_jax.training.throughput import Throughput
 
@@ -75,15 +70,6 @@ class Traffic:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Measured:
-    """A real run of the same config, and how far the estimate is off."""
-
-    workdir: str
-    steps_per_second: float  # median of its log, waits for data taken out
-    error: float  # expected step time by the measured one, minus 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
     """Of one step; FLOPs and bytes are one device's."""
 
@@ -113,12 +99,12 @@ def estimate(
     *,
     calibration: Calibration | None = None,
     price_per_chip_hour: float | None = None,
-    measured: Path | None = None,
+    measured: str | None = None,
 ) -> Estimate:
     """Of a compiled step on a topology.
 
     price_per_chip_hour: in any currency. measured: a workdir of a run of the same config. Raises
-    UserError where that run was of another step, or has logged no speed.
+    UserError as `measured_run.compare`.
     """
     config, program = step.config, step.program
     fused = None if topology.platform != "gpu" else unfused_arrays(config, _execution(step))
@@ -160,7 +146,15 @@ def estimate(
         chip_hours=hours,
         cost=None if price is None else Range(*(price * each for each in hours)),
         assumptions=timed.assumptions(fused=fused is not None, host_bytes=host_bytes),
-        measured=None if measured is None else compare(measured, config, seconds.expected),
+        measured=None
+        if measured is None
+        else compare(
+            measured,
+            config,
+            topology,
+            expected_seconds=seconds.expected,
+            flops_per_sample=step.analytic_flops,
+        ),
     )
 
 
@@ -215,7 +209,7 @@ class _Times:
         calibration, num_devices = self._calibration, topology.num_devices
         if topology.chip is None:
             if calibration is None:
-                return guessed_speeds(num_cores=os.cpu_count() or 1, sharing=num_devices)
+                return guessed_speeds(num_cores=num_cores(), sharing=num_devices)
             return calibrated_speeds(calibration, sharing=num_devices)
         if calibration is not None and shares is EXPECTED[topology.platform]:
             return calibrated_speeds(calibration, sharing=1)
@@ -281,6 +275,8 @@ class _Times:
                 else "not calibrated: 40 GFLOP/s a core and 10 GB/s are guesses, a factor of "
                 f"{GUESSED_RANGE:g} either way; --calibrate measures this machine",
             ]
+            if calibration is not None:
+                lines.append(known_error(platform))
             return tuple(lines)
         if calibration is not None:
             lines.append(f"expected: as measured on one device: {calibration.describe()}")
@@ -309,37 +305,8 @@ class _Times:
                 "activations that lie on the host go there and back at 32 GB/s, while others "
                 "compute"
             )
-        lines.append("input, checkpoints and evaluation are left out")
+        lines += ["input, checkpoints and evaluation are left out", known_error(platform)]
         return tuple(lines)
-
-
-def compare(workdir: Path, config: ExperimentConfig, expected_seconds: float) -> Measured:
-    """A run's speed against the estimate. Raises UserError as `estimate`."""
-    run = Workdir(workdir)
-    ran = run.load_config()
-    for name in ("model", "global_batch_size", "precision", "microbatches", "remat"):
-        if getattr(ran, name) != getattr(config, name):
-            values = (
-                "" if name == "model" else f" {getattr(ran, name)}, not {getattr(config, name)}"
-            )
-            raise UserError(
-                f"the run in {workdir} is of another step: its config.{name} is "
-                f"{values.strip() or 'another one'}"
-            )
-    lines = run.metrics.read_text().splitlines() if run.metrics.exists() else []
-    logged = [line for line in map(json.loads, lines) if line.get("steps_per_second")]
-    # The first line after a start has warming up in it.
-    logged = logged[1:] or logged
-    if not logged:
-        raise UserError(f"the run in {workdir} has logged no steps_per_second yet")
-    seconds = statistics.median(
-        (1 - line.get("data_wait", 0.0)) / line["steps_per_second"] for line in logged
-    )
-    return Measured(
-        workdir=str(workdir),
-        steps_per_second=1 / seconds,
-        error=expected_seconds / seconds - 1,
-    )
 
 
 def _execution(step: "CompiledStep") -> Execution:

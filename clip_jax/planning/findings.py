@@ -13,7 +13,7 @@ from clip_jax.planning.estimate import Estimate
 from clip_jax.planning.findings_shapes import Shapes, shape_findings
 from clip_jax.planning.findings_weights import WeightShapes
 from clip_jax.planning.hlo import Collective, operands, product_flops
-from clip_jax.planning.topology import Topology
+from clip_jax.planning.topology import FRACTION, Topology
 
 _LARGE_BYTES = 1 << 20  # as `parallel.sharding` warns of
 _SMALL_BYTES = 1 << 16  # a gather below it is of statistics and keys
@@ -67,7 +67,7 @@ def does_not_fit(needed_bytes: int, topology: Topology, *, overrides: str = "") 
         return f"{text}; with {overrides} it fits"
     has, usable = topology.memory_bytes, topology.usable_bytes
     if has is not None and has != usable and needed_bytes < _FULL * has:
-        return f"{text}; XLA_PYTHON_CLIENT_MEM_FRACTION={_FULL} lets JAX take more, here as there"
+        return f"{text}; {FRACTION}={_FULL} lets JAX take more, here as there"
     return f"{text}; raise microbatches or fsdp, or compute more again (remat)"
 
 

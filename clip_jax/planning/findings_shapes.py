@@ -86,18 +86,20 @@ def _shares(shapes: Shapes) -> dict[str, tuple[float, float]]:
 
 def _attention(shapes: Shapes, name: str) -> Iterator[tuple[str, str]]:
     tower: ImageTowerConfig | TextTowerConfig = getattr(shapes.config.model, name)
-    tokens, share = tokens_of(tower), _shares(shapes)[name][1]
+    tokens, (of_tower, share) = tokens_of(tower), _shares(shapes)[name]
     if tokens == 0:
         return
     rows, columns = _TILES[shapes.platform]
     padded = _up(tokens, rows) * _up(tokens, columns)
     waste = (padded / tokens**2 - 1) * share
-    if waste > _WASTE:
+    # Fewer tokens than a tile has columns are one however many they are.
+    if waste > _WASTE and tokens > columns:
+        more = (_up(tokens, columns) / tokens - 1) * of_tower
         yield (
             f"padded-{name}-tokens",
             f"{tokens} {name} tokens fill tiles of {rows} x {columns} to {tokens**2 / padded:.0%}: "
             f"attention, {share:.1%} of the FLOPs, computes another {waste:.1%} in vain; "
-            f"{_remedy(tower, columns)}",
+            f"{_remedy(shapes, tower, columns, waste=waste, more=more)}",
         )
     head, wide = tower.width // tower.num_heads, _HEADS[shapes.platform]
     waste = (_up(head, wide) / head - 1) * share
@@ -112,16 +114,35 @@ def _attention(shapes: Shapes, name: str) -> Iterator[tuple[str, str]]:
         )
 
 
-def _remedy(tower: ImageTowerConfig | TextTowerConfig, tile: int) -> str:
-    if isinstance(tower, TextTowerConfig):
-        return f"a model.text.context_length that is a multiple of {tile} fills them"
-    over = tokens_of(tower) % tile
-    if 0 < over <= _prefix(tower):
+def _remedy(
+    shapes: Shapes,
+    tower: ImageTowerConfig | TextTowerConfig,
+    tile: int,
+    *,
+    waste: float,
+    more: float,
+) -> str:
+    """more: of the FLOPs, what tokens that fill the last tile take."""
+    tokens = tokens_of(tower)
+    filled = _up(tokens, tile)
+    over = tokens % tile
+    if isinstance(tower, ImageTowerConfig) and 0 < over <= _prefix(tower):
         return (
             f"{_prefix(tower)} beside the patches open another tile: mean pooling without them "
             "(model.image.class_token=False) fills it"
         )
-    return "another model.image.image_size, patch_size or patch_dropout fills them better"
+    if more < waste:
+        if isinstance(tower, TextTowerConfig):
+            return f"a model.text.context_length of {filled} fills them for {more:.1%} more"
+        return f"an image_size or patch_size of {filled} tokens fills them for {more:.1%} more"
+    costs = f"{filled} tokens would fill them and take {more:.1%} more"
+    if (
+        isinstance(tower, TextTowerConfig)
+        and shapes.config.data.packing.group_size == 0
+        and why_not_packed(tower) is None
+    ):
+        return f"{costs}; packed captions, exact as well, have fewer rows to pad"
+    return f"{costs}: nothing is gained with this model"
 
 
 def _padded_text(shapes: Shapes) -> Iterator[tuple[str, str]]:

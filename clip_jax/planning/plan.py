@@ -41,6 +41,7 @@ class Plan:
     shown: Judged | None  # the recipe where it fits, else what does; None where nothing does
     search: Search | None = None  # None: the recipe fits, or nothing was searched
     sweep: Sweep | None = None
+    not_compared: str | None = None  # a workdir: its run is of a recipe that does not fit
 
     @property
     def fits(self) -> bool:
@@ -63,7 +64,7 @@ class Wishes:
 
     calibration: Calibration | None = None
     price_per_chip_hour: float | None = None
-    measured: Path | None = None  # the workdir of a run to compare with
+    measured: str | None = None  # the workdir of a run to compare with
     searches: bool = True  # where the recipe does not fit
     sweep: tuple[str, ...] = ()  # axes
     max_compiles: int | None = None  # of the search, and of the sweep; None: their own limits
@@ -98,6 +99,7 @@ def plan_with(
     progress: Callable[[str], None] = lambda _: None,
 ) -> Plan:
     """As `make_plan`, with what compiles a config."""
+    _check_slices(config, topology)
     states = state_bytes(config)
     trials = Trials(
         config,
@@ -134,7 +136,15 @@ def plan_with(
     sweep = None
     if wishes.sweep:
         sweep_trials = trials.with_limit(wishes.max_compiles or SWEEP_LIMIT)
-        sweep = run_sweep(config, topology, wishes.sweep, sweep_trials, judge)
+        sweep = run_sweep(
+            config,
+            topology,
+            wishes.sweep,
+            sweep_trials,
+            judge,
+            seconds=None if found is None or found.step is None else found.step.compile_seconds,
+            progress=progress,
+        )
     return Plan(
         config=config,
         topology=topology,
@@ -143,7 +153,18 @@ def plan_with(
         shown=shown,
         search=search,
         sweep=sweep,
+        not_compared=None if asked.fits else wishes.measured,
     )
+
+
+def _check_slices(config: ExperimentConfig, topology: Topology) -> None:
+    wanted = config.num_slices
+    if wanted is not None and wanted != topology.num_slices:
+        raise UserError(
+            f"config.num_slices is {wanted}, and topology {topology.name} has "
+            f"{topology.num_slices}; *N after its name is N slices or nodes, and "
+            "--config.num_slices=None takes as many as it has"
+        )
 
 
 def _judged(
@@ -175,4 +196,6 @@ def _does_not_fit(plan: Plan) -> Finding:
     assert plan.asked.needed_bytes is not None
     overrides = "" if plan.shown is None else " ".join(plan.shown.overrides)
     text = does_not_fit(plan.asked.needed_bytes, plan.topology, overrides=overrides)
+    if plan.not_compared is not None:
+        text += f"; the run in {plan.not_compared} is of the recipe as it is, and not compared"
     return Finding("does-not-fit", "error", text)

@@ -3,6 +3,7 @@
 import dataclasses
 import textwrap
 
+from clip_jax.planning.doctor_case import counted as number_of
 from clip_jax.planning.doctor_case import size
 from clip_jax.planning.estimate import Estimate, Range
 from clip_jax.planning.findings import gib, room
@@ -73,7 +74,13 @@ def sections(plan: Plan) -> list[Section]:
         sweep = plan.sweep
         line = f"{sweep.num_compiled} compiled (limit {sweep.limit}): "
         line += counted([point.attempt for point in sweep.points])
-        lines = [line, "* no other needs less memory and is as fast"]
+        best = "* no other needs less memory and is as fast"
+        if sweep.num_left_out:
+            best += (
+                f", of those compiled: {sweep.num_left_out} of {len(sweep.points)} were not tried, "
+                "and a larger --max_compiles tries them"
+            )
+        lines = [line, best]
         heading = f"Sweep of {', '.join(sweep.axes)}"
         parts.append(Section(heading=heading, table=sweep_table(sweep), lines=tuple(lines)))
     return parts
@@ -95,7 +102,8 @@ def text(plan: Plan, *, width: int) -> str:
     for code, level, found in plan.findings:
         lines += _wrapped(f"{level:8}{code:24} ", found, width, indent=10)
     errors = sum(finding.level == "error" for finding in plan.findings)
-    lines.append(f"{errors} errors, {len(plan.findings) - errors} warnings")
+    warnings = len(plan.findings) - errors
+    lines.append(f"{number_of(errors, 'error')}, {number_of(warnings, 'warning')}")
     if stated := assumptions(plan):
         lines += ["", "Assumed"]
         for assumption in stated:

@@ -13,7 +13,8 @@ of fsdp (the divisors of data x fsdp; tensor stays). They are tried in this orde
 3. By the parts: fewer microbatches, then a smaller fsdp axis, which more devices share.
 
 The first that fits is the answer. Few are compiled: what a setting needs at least follows from
-those that were (`least_bytes`), and TPU compilers tell that a step does not fit within seconds.
+those that were (`least_bytes`). One that does not fit takes a TPU's compiler from seconds to longer
+than one that does, as it looks for room first.
 Shares of FLOPs in what is printed are those of the compiled programs.
 """
 
@@ -31,7 +32,7 @@ from clip_jax.planning.plan_setting import (
 from clip_jax.planning.plan_trials import Trials
 from clip_jax.planning.topology import Topology
 
-LIMIT = 12  # compilations: minutes each for large models that fit, seconds for those that do not
+LIMIT = 12  # compilations: minutes each for large models
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

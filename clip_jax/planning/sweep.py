@@ -1,9 +1,11 @@
 """A grid of settings, compiled and estimated: which fit, how fast they are, and the frontier."""
 
+import collections
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from clip_jax.config import ExperimentConfig, UserError
 from clip_jax.planning.compiling import CompiledStep
@@ -38,6 +40,11 @@ class Sweep:
     num_compiled: int
     limit: int
 
+    @property
+    def num_left_out(self) -> int:
+        """Because the limit was reached; some may be on the frontier."""
+        return sum(point.attempt.verdict == "not tried" for point in self.points)
+
 
 def parse_axes(text: str) -> tuple[str, ...]:
     """The axes named by `mesh,remat`, in their own order. Raises UserError for others."""
@@ -49,7 +56,7 @@ def parse_axes(text: str) -> tuple[str, ...]:
 
 
 def grid(config: ExperimentConfig, topology: Topology, axes: Sequence[str]) -> list[Setting]:
-    """The settings along `axes`, in the order in which they are compiled (`Setting.order`).
+    """The settings along `axes`, in the order of `Setting.order`.
 
     Meshes: every (data, fsdp, tensor) in which heads, batches and slices divide and tensor, at most
     8, lies within a host. Microbatches: 1, 2, 4, ... 16 while a device has 8 rows of each. Always
@@ -76,14 +83,65 @@ def run_sweep(
     axes: tuple[str, ...],
     trials: Trials,
     judge: Callable[[CompiledStep], Estimate],
+    *,
+    seconds: float | None = None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Sweep:
-    """Compiles the grid. A point that fails is one line of the table; the others go on."""
-    points = [_point(trials.attempt(setting), judge) for setting in grid(config, topology, axes)]
+    """Compiles the grid. A point that fails is one line of the table; the others go on.
+
+    seconds: of a compilation, where one is known, to tell how long all take.
+    """
+    settings = grid(config, topology, axes)
+    progress(_announced(len(settings), trials.limit, seconds))
+    points = []
+    for setting, tell in _order(settings, limit=trials.limit):
+        attempt = trials.attempt(setting)
+        tell(attempt.verdict not in ("ruled out", "not tried"))
+        points.append(_point(attempt, judge))
     points = _mark_frontier(points)
     points.sort(key=_rank)
     return Sweep(
         axes=axes, points=tuple(points), num_compiled=trials.num_compiled, limit=trials.limit
     )
+
+
+def _announced(count: int, limit: int, seconds: float | None) -> str:
+    compiled = min(count, limit)
+    line = f"sweep: {count:,} settings, at most {compiled} compiled"
+    if seconds is not None:
+        minutes = max(1, round(compiled * seconds / 60))
+        line += f": some {minutes} min, at {seconds:.0f} s each"
+    if count > limit:
+        line += f"; --max_compiles={count} compiles all"
+    return line
+
+
+def _order(
+    settings: Sequence[Setting], *, limit: int
+) -> Iterator[tuple[Setting, Callable[[bool], None]]]:
+    """Each setting, with what is to be told whether it was compiled.
+
+    All in their order where the limit allows. Else next comes the one whose mesh, microbatches and
+    remat were compiled least, so that what is compiled is spread over all axes.
+    """
+    if len(settings) <= limit:
+        yield from ((setting, lambda _: None) for setting in settings)
+        return
+    compiled: collections.Counter[Any] = collections.Counter()
+    left = list(settings)
+    while left:
+        place = min(range(len(left)), key=lambda i: sum(compiled[x] for x in _values(left[i])))
+        setting = left.pop(place)
+
+        def tell(was_compiled: bool, setting: Setting = setting) -> None:
+            if was_compiled:
+                compiled.update(_values(setting))
+
+        yield setting, tell
+
+
+def _values(setting: Setting) -> Iterator[tuple[str, Any]]:
+    return zip(Setting._fields, setting, strict=True)
 
 
 def _point(attempt: Attempt, judge: Callable[[CompiledStep], Estimate]) -> Point:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,15 +22,17 @@ THERE_IS = (
     f"of a slice), {', '.join(f'{name}x8' for name in GPUS)} (GPUs of a node) and cpu:8; *N after "
     "one is N slices or nodes: v5e:16x16*2"
 )
-_TPU = re.compile(r"(?:tpu-?)?(v4|v5e|v5p|v6e|7x):(\d+(?:x\d+)+)(?:\*(\d+))?")
+_TPU = re.compile(r"(?:tpu-?)?(v4|v5e|v5p|v6e|v?7x):(\d+(?:x\d+)+)(?:\*(\d+))?")
+_CHIPS = re.compile(r"(v5litepod|v5e|v6e)-(\d+)")  # Google's names, by chips
 _GPU = re.compile(rf"({'|'.join(GPUS)})(?:x(\d+))?(?:\*(\d+))?")
 _CPU = re.compile(r"cpu:(\d+)")
 _MOST_DEVICES = 2**14  # 9,216 chips are the largest slice, of 7x
 
-# What JAX takes of a GPU's memory when it starts, and its own variable for another share.
+# What JAX takes of a GPU's memory when it starts, and its variables for another share: jaxlib
+# 0.10.2 calls the second one deprecated, and refuses both together.
 PREALLOCATED = 0.75
-_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-
+FRACTION = "XLA_CLIENT_MEM_FRACTION"
+_OLD_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 _LOG_LEVEL = "TF_CPP_MIN_LOG_LEVEL"
 # Where libtpu is loaded for its compiler alone.
@@ -85,11 +88,20 @@ class Topology:
 
 
 def preallocated() -> float:
-    """The share of a GPU's memory that JAX takes: $XLA_PYTHON_CLIENT_MEM_FRACTION or 0.75."""
-    text = os.environ.get(_FRACTION, "")
-    with contextlib.suppress(ValueError):
-        if 0 < (share := float(text)) <= 1:
-            return share
+    """The share of a GPU's memory that JAX takes: $XLA_CLIENT_MEM_FRACTION or 0.75.
+
+    Raises UserError for what JAX refuses, or takes for no share.
+    """
+    given = {name: text for name in (FRACTION, _OLD_FRACTION) if (text := os.environ.get(name, ""))}
+    if len(given) > 1:
+        raise UserError(
+            f"{_OLD_FRACTION} and {FRACTION} are both set; unset the first, an old name"
+        )
+    for name, text in given.items():
+        with contextlib.suppress(ValueError):
+            if 0 < (share := float(text)) <= 1:
+                return share
+        raise UserError(f"{name}={text} is no share of a GPU's memory; above 0, at most 1")
     return PREALLOCATED
 
 
@@ -97,7 +109,8 @@ def parse_topology(text: str) -> Wanted:
     """The topology that `text` spells; nothing is loaded. Raises UserError with what there is."""
     spelled = text.strip().lower()
     if match := _TPU.fullmatch(spelled):
-        return _tpu(text, match[1], match[2], int(match[3] or 1))
+        kind = match[1].replace("v7x", "7x")
+        return _tpu(text, kind, match[2], int(match[3] or 1))
     if match := _GPU.fullmatch(spelled):
         num_gpus, num_nodes = int(match[2] or 1), int(match[3] or 1)
         name = f"{match[1]}x{num_gpus}" + (f"*{num_nodes}" if num_nodes > 1 else "")
@@ -114,6 +127,11 @@ def parse_topology(text: str) -> Wanted:
         return _checked(
             Wanted(name=spelled, platform="cpu", kind="cpu", shape=(int(match[1]),), num_slices=1)
         )
+    if (match := _CHIPS.fullmatch(spelled)) and 1 < int(match[2]) <= _MOST_DEVICES:
+        chips = int(match[2])
+        side = next(n for n in range(math.isqrt(chips), 0, -1) if chips % n == 0)
+        kind = match[1].replace("litepod", "e")
+        raise UserError(f"{text!r} is spelled by its sides here: {kind}:{side}x{chips // side}")
     raise UserError(f"there is no topology {text!r}; {THERE_IS}")
 
 
@@ -127,7 +145,15 @@ def _tpu(text: str, kind: str, shape: str, num_slices: int) -> Wanted:
             f"{kind}:{example}"
         )
     name = f"{kind}:{shape}" + (f"*{num_slices}" if num_slices > 1 else "")
-    return _checked(Wanted(name=name, platform="tpu", kind=kind, shape=dims, num_slices=num_slices))
+    found = _checked(
+        Wanted(name=name, platform="tpu", kind=kind, shape=dims, num_slices=num_slices)
+    )
+    if set(dims) != {1} and any(side % 2 for side in dims[:2]):
+        raise UserError(
+            f"there is no topology {text!r}: the first two sides of a slice are even, as hosts "
+            f"have 2 x 2 chips, or all are 1: {kind}:{'x'.join('1' * wanted)}"
+        )
+    return found
 
 
 def _checked(wanted: Wanted) -> Wanted:

@@ -190,7 +190,7 @@ def test_views_differ_between_epochs(tar_sources, text):
     [
         ({"batch": 52}, "51 samples in all data sources are fewer than global_batch_size 52"),
         ({"batch": 9, "hosts": 2}, "9 is not divisible by 2 processes; nearest: 8 or 10"),
-        ({"batch": 3, "hosts": 4}, "3 is not divisible by 4 processes; nearest: 4 or 4"),
+        ({"batch": 3, "hosts": 4}, "3 is not divisible by 4 processes; nearest: 4$"),
     ],
 )
 def test_mistakes(tar_sources, text, options, message):

@@ -148,7 +148,7 @@ def faults(config: ExperimentConfig, folder: Path) -> dict[str, tuple[str, dict[
         "the tensor axis is wider than a host": (
             "mesh",
             {"config": replace(config, mesh=(-1, 1, 2)), "num_devices": 4, "num_hosts": 4},
-            r"tensor axis 2 does not divide the 1 devices of a host",
+            r"tensor axis 2 does not divide the 1 device of a host",
         ),
         "a broken pair of versions": (
             "versions",

@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 from planning.plan_cases import topology_of
-from small import small_config
+from small import small_config, small_model
 
-from clip_jax.config import UserError
+from clip_jax.config import DataConfig, PackingConfig, UserError
 from clip_jax.planning.calibration import (
     Calibration,
     Timing,
@@ -111,7 +111,7 @@ def test_a_calibration_is_found_again_for_this_machine_and_these_versions(
     assert load_calibration(topology, tmp_path) is None
     here = calibration_of(
         device_kind=calibration._device_kind(topology.devices[0]),
-        num_cores=calibration._num_cores(),
+        num_cores=calibration.num_cores(),
         versions=calibration._versions(),
     )
     path = save_calibration(here, tmp_path)
@@ -126,8 +126,35 @@ def test_a_calibration_is_found_again_for_this_machine_and_these_versions(
     save_calibration(of_two, tmp_path)
     assert load_calibration(two, tmp_path) == of_two
     assert load_calibration(topology, tmp_path) == here
-    monkeypatch.setattr(calibration, "_num_cores", lambda: 64)
+    monkeypatch.setattr(calibration, "num_cores", lambda: 64)
     assert load_calibration(topology, tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda values: "",
+        lambda values: "[1]",
+        lambda values: json.dumps(values)[:40],
+        lambda values: json.dumps(values | {"of_another_version": 1}),
+        lambda values: json.dumps({k: v for k, v in values.items() if k != "memory_bandwidth"}),
+        lambda values: json.dumps(values | {"memory_bandwidth": 0}),
+        lambda values: json.dumps(values | {"matmul_flops": {"float32": 1e9}}),
+    ],
+    ids=("empty", "list", "cut", "surplus", "lacking", "zero", "dtype"),
+)
+def test_a_damaged_calibration_is_none_and_said(topology, tmp_path, caplog, harm):
+    from clip_jax.planning import calibration
+
+    here = calibration_of(
+        device_kind=calibration._device_kind(topology.devices[0]),
+        num_cores=calibration.num_cores(),
+        versions=calibration._versions(),
+    )
+    path = save_calibration(here, tmp_path)
+    path.write_text(harm(dataclasses.asdict(here)))
+    assert load_calibration(topology, tmp_path) is None
+    assert f"{path} is damaged: measure again with --calibrate" in caplog.text
 
 
 def test_simulated_devices_share_a_machine():
@@ -151,8 +178,21 @@ def test_devices_that_are_not_there_cannot_be_measured():
         calibrate(topology_of(4))
 
 
+def smallest_config():
+    """A bag of words and one layer: two seconds to compile."""
+    model = small_model()
+    return small_config(
+        model=dataclasses.replace(
+            model,
+            image=dataclasses.replace(model.image, depth=1),
+            text=dataclasses.replace(model.text, kind="cbow", pooling="mean"),
+        ),
+        data=DataConfig(packing=PackingConfig(group_size=0)),
+    )
+
+
 def test_a_step_runs_on_devices_that_are_there(topology):
-    step = RunningStep(small_config(), topology.devices)
+    step = RunningStep(smallest_config(), topology.devices)
     step.start()
     assert step.run() > 0
     assert step.run() > 0  # the state was donated, and is its successor now

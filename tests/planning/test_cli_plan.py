@@ -5,7 +5,9 @@ import os
 import sys
 
 import pytest
+from checkpoint.buckets import Bucket
 from data.tars import pairs, write_tar
+from planning.test_report import fitting as made_by_hand
 
 from clip_jax.cli import main
 
@@ -89,10 +91,14 @@ def test_a_plan_for_four_cpu_devices(recipe, capsys):
         (("--config.global_batch_size=18",), "cpu:4", "18 is not divisible by 4 data-parallel"),
         (("--json=missing/plan.json",), "cpu:4", "missing/plan.json cannot be made"),
         (("--html=missing/plan.html",), "cpu:4", "missing/plan.html cannot be made"),
+        (("--json=/proc/plan.json",), "cpu:4", "--json /proc/plan.json cannot be written: "),
+        (("--html=/proc/plan.html",), "cpu:4", "--html /proc/plan.html cannot be written: "),
+        (("--json=both", "--html=./both"), "cpu:4", "--json and --html both name "),
         (("--sweep=mesh,layers",), "cpu:4", "'layers' is none of mesh,microbatches,remat"),
         (("--price_per_chip_hour=0",), "cpu:4", "--price_per_chip_hour is more than 0, got 0"),
         (("--max_compiles=0",), "cpu:4", "--max_compiles is 1 or more, got 0"),
         (("--measured=missing",), "cpu:4", "--measured missing is no workdir"),
+        (("--calibrate",), "v5e:4x4", "--calibrate measures the CPUs of this machine"),
     ],
 )
 def test_bad_arguments_are_one_line_and_nothing_is_compiled(
@@ -104,6 +110,39 @@ def test_bad_arguments_are_one_line_and_nothing_is_compiled(
     assert shown.err.count("\n") == 1
     assert shown.err.startswith("clip-jax: ")
     assert message in shown.err
+
+
+def test_a_file_that_cannot_be_written_in_the_end_costs_no_other(
+    recipe, tmp_path, capsys, monkeypatch
+):
+    from clip_jax.planning import plan as planning
+
+    def make_plan(config, topology, wishes, **_):
+        (tmp_path / "gone").rmdir()
+        return made_by_hand()
+
+    (tmp_path / "gone").mkdir()
+    monkeypatch.setattr(planning, "make_plan", make_plan)
+    figures, page = tmp_path / "gone" / "plan.json", tmp_path / "plan.html"
+    assert plan(recipe, f"--json={figures}", f"--html={page}") == 2
+    shown = capsys.readouterr()
+    assert "chip-hours" in shown.out
+    assert shown.err == f"clip-jax: --json {figures} cannot be written: No such file or directory\n"
+    assert "<title>" in page.read_text()
+
+
+def test_a_measured_run_may_be_in_a_bucket(recipe, capsys):
+    Bucket.empty()
+    assert plan(recipe, "--measured=teststore://bucket/run") == 2
+    assert "--measured teststore://bucket/run is no workdir" in capsys.readouterr().err
+
+
+def test_whether_a_file_can_be_written_is_asked_without_changing_it(recipe, tmp_path):
+    kept = tmp_path / "kept.json"
+    kept.write_text("kept")
+    assert plan(recipe, f"--json={kept}", f"--html={tmp_path / 'new'}", topology="v9:1") == 2
+    assert kept.read_text() == "kept"
+    assert list(tmp_path.iterdir()) == [kept]
 
 
 @pytest.mark.parametrize(

@@ -239,4 +239,8 @@ def test_groups_as_a_run_would_choose_them(group_size, context_length, chosen):
     config = dataclasses.replace(
         config, data=DataConfig(packing=PackingConfig(group_size=group_size))
     )
-    assert assume(config, 8)[0].data.packing == chosen
+    found, stated = assume(config, 8)
+    assert found.data.packing == chosen
+    # None is longer than a row.
+    assert all(f"captions of {min(16, context_length)} tokens" in line for line in stated)
+    assert bool(stated) == (group_size != 0)

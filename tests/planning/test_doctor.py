@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -212,6 +213,39 @@ def test_nothing_is_made_where_there_is_no_workdir(sound, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("place", ["bucket", "file", "in a file"])
+def test_a_workdir_that_cannot_be_used_is_told_once(sound, tmp_path, place):
+    """Nor is what depends on it called sound."""
+    (tmp_path / "file").write_text("")
+    folder = {
+        "bucket": "gs://bucket/run",
+        "file": str(tmp_path / "file"),
+        "in a file": str(tmp_path / "file" / "run"),
+    }[place]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "gcsfs", None)
+        found = diagnose(case(sound, workdir=Workdir(folder)), seconds=60)
+    assert [finding.check for finding in found.findings if finding.level != "ok"] == ["workdir"]
+    assert not {"lock", "checkpoints", "room"} & {finding.check for finding in found.findings}
+    said = "pip install 'clip-jax-training[gcs]'" if place == "bucket" else "is a file; name a"
+    assert said in lines(found, "error")[0].text
+
+
+def test_of_other_machines_a_plan_tells_whether_a_step_fits(sound):
+    def state(**changes):
+        found = examine(case(sound, **changes), "state").findings
+        return next(finding.text for finding in found if finding.check == "state")
+
+    assert "each of 16 devices, of an unknown kind; `clip-jax plan" in state(num_devices=16)
+    assert "clip-jax plan" not in state()
+
+
+def test_numbers_of_devices_that_nobody_has_are_refused(sound, tmp_path):
+    (tmp_path / "config.json").write_text(to_json(sound.config))
+    with pytest.raises(UserError, match="--num_devices are at most 131,072"):
+        run(f"--config={tmp_path / 'config.json'}", "--num_devices=99999999")
+
+
 @pytest.fixture
 def counting(monkeypatch) -> Iterator[Callable[[], int]]:
     """Requests to a bucket in memory."""
@@ -347,6 +381,12 @@ def test_the_command_prints_a_line_for_each_check_and_writes_them(
     out = capsys.readouterr().out
     assert out.startswith("error   config       config.optimizer.learning_rate must be positive")
     assert "\nok      devices      8 cpu devices" in out
+
+
+def test_findings_that_cannot_be_written_are_told_before_anything_is_checked(sound, tmp_path):
+    (tmp_path / "config.json").write_text(to_json(sound.config))
+    with pytest.raises(UserError, match=r"--json /proc/found\.json cannot be written: "):
+        run(f"--config={tmp_path / 'config.json'}", "--json=/proc/found.json")
 
 
 CHECKS_WITHOUT_WORKDIR = [name for name in CHECKS if name not in ("lock", "checkpoints")]

@@ -64,13 +64,13 @@ def test_memory_that_is_too_small_or_nearly_full():
 
 
 def test_what_jax_leaves_of_a_gpu_is_named_where_it_would_do(monkeypatch):
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
     gpu = topology_of(chip="H100 SXM")
     text = found(step(total=80 * MIB, platform="gpu"), gpu)["does-not-fit"].text
-    assert "which has 75 MiB (75% of 100 MiB); XLA_PYTHON_CLIENT_MEM_FRACTION=0.95" in text
+    assert "which has 75 MiB (75% of 100 MiB); XLA_CLIENT_MEM_FRACTION=0.95" in text
     text = found(step(total=99 * MIB, platform="gpu"), gpu)["does-not-fit"].text
     assert "MEM_FRACTION" not in text
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.95")
     assert "does-not-fit" not in found(step(total=80 * MIB, platform="gpu"), gpu)
 
 
@@ -248,6 +248,45 @@ def test_257_tokens_open_another_tile():
     assert "padded-image-tokens" not in dict(shape_findings(shapes))
     on_gpu = shapes_of("ViT-L-14", chip="H100 SXM")["padded-image-tokens"]
     assert "tiles of 128 x 128 to 45%" in on_gpu
+
+
+def with_text(context_length, *, text=(), **changes):
+    model = preset("ViT-B-16")
+    text = dataclasses.replace(model.text, context_length=context_length, **dict(text))
+    data = DataConfig(
+        sources={"pairs": SourceConfig(path="x")}, packing=PackingConfig(group_size=0)
+    )
+    config = config_of(model=dataclasses.replace(model, text=text), **{"data": data} | changes)
+    return dict(shape_findings(Shapes(config, "gpu", chip_named("H100 SXM"), 64)))
+
+
+def test_what_fills_a_tile_and_costs_more_than_it_saves_is_not_advised():
+    # 197 tokens take two tiles of 128; 256 tokens would take 30% more of the tower.
+    text = shapes_of("ViT-L-16", chip="H100 SXM")["padded-image-tokens"]
+    assert "256 tokens would fill them and take 27.0% more" in text
+    assert text.endswith("more: nothing is gained with this model")
+    text = with_text(129)["padded-text-tokens"]
+    assert "256 tokens would fill them and take 22.1% more" in text
+    assert text.endswith("packed captions, exact as well, have fewer rows to pad")
+    packed = DataConfig(
+        sources={"pairs": SourceConfig(path="x")}, packing=PackingConfig(group_size=64, rows=60)
+    )
+    text = with_text(129, data=packed)["padded-text-tokens"]
+    assert text.endswith("nothing is gained with this model")
+
+
+def test_what_fills_a_tile_and_costs_less_is_advised():
+    """Attention is most of a tower that is narrow for the length of its sequences."""
+    narrow = {"width": 64, "num_heads": 2, "depth": 48}
+    text = with_text(1025, text=narrow)["padded-text-tokens"]
+    assert "a model.text.context_length of 1152 fills them for" in text
+
+
+def test_tokens_of_less_than_a_tile_cannot_be_mended():
+    for length in (12, 77, 128):
+        assert "padded-text-tokens" not in with_text(length)
+    # 50 tokens of a tile of 128 are a sixth of it.
+    assert "padded-image-tokens" not in shapes_of("ViT-B-32", chip="H100 SXM")
 
 
 def test_tokens_count_as_the_towers_see_them():

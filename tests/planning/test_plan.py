@@ -1,7 +1,6 @@
 """A plan as a whole: what is shown, searched and swept, with hand-made compilations."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 from planning.plan_cases import MIB, Compiler, config_of, states, step_of
@@ -63,10 +62,12 @@ def test_what_does_not_fit_is_searched_for_and_its_overrides_can_be_pasted(topol
 
 
 def test_a_measured_run_is_of_the_recipe_and_not_of_what_fits_in_its_place(topology):
-    plan, _ = plan_of(1000, topology, measured=Path("missing"))
+    plan, _ = plan_of(1000, topology, measured="missing")
     assert plan.shown.estimate.measured is None
+    assert "the run in missing is of the recipe as it is, and not compared" in plan.findings[0].text
+    assert "not compared" not in plan_of(1000, topology)[0].findings[0].text
     with pytest.raises(UserError, match="missing"):
-        plan_of(20, topology, measured=Path("missing"))
+        plan_of(20, topology, measured="missing")
 
 
 def test_without_a_search_only_the_recipe_is_compiled(topology):
@@ -92,6 +93,14 @@ def test_a_compiler_that_refuses_the_recipe_is_an_error_of_one_line(topology):
 
     with pytest.raises(UserError, match="refuses the step: INTERNAL"):
         plan_with(broken, config_of(mesh=(-1, 1, 1)), topology, Wishes())
+
+
+def test_slices_of_the_config_are_those_of_the_topology(topology):
+    config = config_of(mesh=(-1, 1, 1), num_slices=2)
+    with pytest.raises(UserError, match="num_slices is 2, and topology cpu:8 has 1"):
+        plan_of(20, topology, config)
+    two = dataclasses.replace(topology, num_slices=2)
+    assert plan_of(20, two, config)[0].fits
 
 
 def test_state_is_split_by_fsdp_and_tensor_and_not_by_data():

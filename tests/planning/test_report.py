@@ -16,8 +16,9 @@ from planning.plan_cases import (
     trials_of,
 )
 
-from clip_jax.planning.estimate import Measured, Range
+from clip_jax.planning.estimate import Range
 from clip_jax.planning.findings import Finding
+from clip_jax.planning.measured_run import Measured
 from clip_jax.planning.page import render_plan_page, write_plan_page
 from clip_jax.planning.plan import Judged, Plan
 from clip_jax.planning.plan_setting import Attempt, Setting
@@ -103,6 +104,21 @@ def lacking() -> Plan:
         shown=judged(chosen.step, chosen.setting.overrides(config, 16)),
         search=search,
     )
+
+
+def test_a_frontier_of_some_of_the_grid_says_so():
+    config = config_of(mesh=(4, 4, 1))
+    axes = ("mesh", "remat")
+    whole = run_sweep(
+        config, TOPOLOGY, axes, trials_of(Compiler(10 * MIB), config, limit=100), estimate_of
+    )
+    assert "* no other needs less memory and is as fast\n" in text(fitting(sweep=whole), width=200)
+    few = run_sweep(
+        config, TOPOLOGY, axes, trials_of(Compiler(10 * MIB), config, limit=5), estimate_of
+    )
+    count = len(few.points)
+    said = f"and is as fast, of those compiled: {count - 5} of {count} were not tried"
+    assert said in text(fitting(sweep=few), width=200)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 
 import pytest
 from planning.plan_cases import (
@@ -118,11 +119,45 @@ def test_points_that_fail_are_lines_of_the_table():
     assert verdicts["full"].reason == "ValueError: cannot tell how often a loop runs"
 
 
-def test_the_limit_leaves_out_what_would_be_compiled_last():
+def test_a_limit_leaves_no_axis_out():
+    """Of each value of each axis about as many are compiled, those that compute least again."""
     compiler = Compiler(10 * MIB)
     config = config_of()
-    found = run_sweep(config, TOPOLOGY, ALL, trials_of(compiler, config, limit=3), estimate_of)
-    assert len(compiler.compiled) == found.num_compiled == 3
-    tried = {p.attempt.setting for p in found.points if p.attempt.fits}
-    assert tried == set(grid(config, TOPOLOGY, ALL)[:3])
-    assert len(found.points) == len(grid(config, TOPOLOGY, ALL))
+    everything = grid(config, TOPOLOGY, ALL)
+    told = []
+    trials = trials_of(compiler, config, limit=12)
+    found = run_sweep(
+        config, TOPOLOGY, ALL, trials, estimate_of, seconds=90.0, progress=told.append
+    )
+    count = len(everything)
+    assert told == [
+        f"sweep: {count} settings, at most 12 compiled: some 18 min, at 90 s each; "
+        f"--max_compiles={count} compiles all"
+    ]
+    assert len(compiler.compiled) == found.num_compiled == 12
+    assert len(found.points) == count
+    assert found.num_left_out == count - 12
+    tried = [p.attempt.setting for p in found.points if p.attempt.fits]
+    for values, most in (
+        ([s.remat for s in tried], 3),
+        ([s.microbatches for s in tried], 3),
+        ([s.mesh for s in tried], 1),
+    ):
+        numbers = Counter(values)
+        assert max(numbers.values()) <= most, numbers
+    assert {s.microbatches for s in tried} == {s.microbatches for s in everything}
+    assert {s.remat for s in tried} == {s.remat for s in everything}
+    assert everything[0] in tried
+
+
+def test_within_the_limit_the_grid_is_compiled_in_its_order():
+    """What keeps most comes first: what needs as much is ruled out by it."""
+    compiler = Compiler(10 * MIB)
+    config = config_of()
+    told = []
+    trials = trials_of(compiler, config, limit=10**6)
+    found = run_sweep(config, TOPOLOGY, ALL, trials, estimate_of, progress=told.append)
+    settings = [Setting.of(each, 16) for each in compiler.compiled]
+    assert settings == grid(config, TOPOLOGY, ALL)
+    assert found.num_left_out == 0
+    assert told == [f"sweep: {len(settings)} settings, at most {len(settings)} compiled"]

@@ -26,6 +26,8 @@ from clip_jax.planning.topology import (
         ("v5e:4x4*1", "v5e:4x4", "tpu", "v5e", (4, 4), 1),
         ("V6E:16x16", "v6e:16x16", "tpu", "v6e", (16, 16), 1),
         ("tpu7x:2x2x1", "7x:2x2x1", "tpu", "7x", (2, 2, 1), 1),
+        ("v7x:2x2x2", "7x:2x2x2", "tpu", "7x", (2, 2, 2), 1),
+        ("v5e:1x1", "v5e:1x1", "tpu", "v5e", (1, 1), 1),
         ("h100x8", "h100x8", "gpu", "h100", (8,), 1),
         ("h100x8*4", "h100x8*4", "gpu", "h100", (8,), 4),
         ("a100-40gbx4", "a100-40gbx4", "gpu", "a100-40gb", (4,), 1),
@@ -45,6 +47,12 @@ def test_every_spelling(text, name, platform, kind, shape, num_slices):
         ("v9:2x2", r"no topology 'v9:2x2'; there are v4:2x2x2, .*h100x8.* and cpu:8"),
         ("v5e", "no topology 'v5e'; there are"),
         ("v5e:4x4x4", r"a slice of v5e has 2 sides, and 'v5e:4x4x4' has 3; as in v5e:4x4"),
+        ("v5litepod-16", "'v5litepod-16' is spelled by its sides here: v5e:4x4$"),
+        ("v6e-8", "'v6e-8' is spelled by its sides here: v6e:2x4$"),
+        ("v5e:1x4", r"'v5e:1x4': the first two sides of a slice are even, .*: v5e:1x1$"),
+        ("v5e:3x3", "the first two sides of a slice are even"),
+        ("v4:1x2x2", "the first two sides of a slice are even, .*: v4:1x1x1$"),
+        ("v5p:3x3x3", "the first two sides of a slice are even"),
         ("v5p:4x4", "a slice of v5p has 3 sides"),
         ("v5e:0x4", "has 0 chips; at least one"),
         ("h100x8*0", "has 0 chips"),
@@ -104,12 +112,20 @@ def test_of_a_gpu_a_program_may_take_the_share_that_jax_takes(monkeypatch):
         num_slices=1,
         memory_bytes=1000,
     )
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
     assert topology.usable_bytes == 750
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.9")
     assert topology.usable_bytes == 900
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "most")
-    assert preallocated() == 0.75
+    for nonsense in ("most", "0", "1.5", "nan"):
+        monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", nonsense)
+        with pytest.raises(UserError, match=f"XLA_CLIENT_MEM_FRACTION={nonsense} is no share"):
+            preallocated()
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # its name until jaxlib 0.10
+    assert topology.usable_bytes == 500
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.9")
+    with pytest.raises(UserError, match="are both set; unset the first"):
+        preallocated()
 
 
 # ---- With the compilers ----------------------------------------------------------------------
@@ -143,12 +159,6 @@ def test_slices_of_tpus(text, devices, chips, hosts, chip, gib):
     assert topology.chip is not None
     assert topology.chip.name == chip
     assert topology.usable_bytes == pytest.approx(gib * 2**30, rel=0.01)
-
-
-@needs_libtpu
-def test_a_slice_that_no_machine_makes_up_is_refused():
-    with pytest.raises(UserError, match=r"v5p:3x3x3: the compiler refuses it: .*not divisible"):
-        open_topology("v5p:3x3x3")
 
 
 @needs_cuda
