@@ -23,7 +23,8 @@ _HIGHEST = re.compile(r"operand_precision\W+highest", re.IGNORECASE)
 # They move nothing: names for what is there, or the end of what a `-start` has begun.
 _NAMES = (
     "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id "
-    "opt-barrier while conditional call async-start async-update async-done add-dependency domain"
+    "opt-barrier while conditional call async-start async-update async-done add-dependency domain "
+    "send recv"
 )
 _FREE = frozenset(_NAMES.split())
 _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound")
