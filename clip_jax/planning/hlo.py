@@ -12,7 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from clip_jax.planning.hlo_arrays import Array, arrays_of, dtype_bytes
 from clip_jax.planning.hlo_groups import device_groups
-from clip_jax.planning.hlo_products import convolution_flops, dot_flops, gemm_flops
+from clip_jax.planning.hlo_products import (
+    CUDNN_CONVOLUTION,
+    convolution_flops,
+    cudnn_flops,
+    dot_flops,
+    gemm_flops,
+)
 from clip_jax.planning.hlo_slices import Slices, crossing_kind, crossing_origin
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -291,14 +297,19 @@ def product_flops(instruction: Instruction, computation: dict[str, Instruction])
     """Of the product that `instruction` is, once; 0 where it is none."""
     if instruction.opcode not in ("dot", "convolution", "custom-call"):
         return 0
-    if instruction.opcode == "custom-call" and "__cublas$" not in instruction.text:
-        return 0
+    by_cudnn = False
+    if instruction.opcode == "custom-call":
+        by_cudnn = CUDNN_CONVOLUTION.search(instruction.text) is not None
+        if not by_cudnn and "__cublas$" not in instruction.text:
+            return 0
     left, right = (computation[name].shapes[0][1] for name in operands(instruction)[:2])
     result = instruction.shapes[0][1]
     if instruction.opcode == "dot":
         return dot_flops(instruction.text, left, result)
     if instruction.opcode == "convolution":
         return convolution_flops(instruction.text, left, right, result)
+    if by_cudnn:
+        return cudnn_flops(instruction.text, left, right, result)
     return gemm_flops(instruction.text, left, result)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from clip_jax.planning.hlo import Instruction, Program, operands, product_flops
 from clip_jax.planning.hlo_arrays import DEVICE, HOST, Array
 from clip_jax.planning.hlo_fusions import Inside
+from clip_jax.planning.hlo_products import CUDNN_CONVOLUTION
 
 Computation = dict[str, Instruction]
 
@@ -145,7 +146,7 @@ class Reader:
             for arrays in taken:
                 self._add(moved, arrays)
             made_by = instruction.arrays
-            if "__cublas$" in instruction.text:
+            if "__cublas$" in instruction.text or CUDNN_CONVOLUTION.search(instruction.text):
                 made_by = made_by[:1]  # then its workspace
             self._add(moved, made_by)
 
