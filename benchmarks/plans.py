@@ -113,7 +113,7 @@ def _column(result: dict[str, Any]) -> dict[str, str]:
         "as it is": _as_it_is(asked),
     }
     labels = (
-        *("planned with", "mesh", "pairs a device", "FLOPs, of those needed", "memory traffic"),
+        *("planned with", "mesh", "pairs a device", "FLOPs, of 3 x forward", "memory traffic"),
         *("sent", "step time, ms", "bound by", "MFU", "samples/s", "days", "chip-hours"),
     )
     if shown is None:

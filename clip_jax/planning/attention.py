@@ -2,7 +2,8 @@
 
 cuDNN's kernels cannot be compiled ahead of time, so plans for GPUs are compiled with XLA's
 attention, which makes arrays of scores, [.., T, T], in each layer. The products stay: a fused one
-makes the same, and in the backward pass the scores once more (Dao et al. 2022, section 3.1).
+makes the same, and in the backward pass the scores once more (Dao et al. 2022, section 3.1), which
+is added to the FLOPs.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from clip_jax.planning.hlo import Program
 from clip_jax.planning.hlo_arrays import Array
 from clip_jax.planning.hlo_liveness import peak_bytes
 from clip_jax.planning.traffic import Reader
+
+TowerConfig = ImageTowerConfig | TextTowerConfig
 
 _PADDED_TO = 8  # elements: cuBLAS wants 16 bytes
 
@@ -49,14 +52,7 @@ def unfused_arrays(
     Scores; and the copies of q, k, v and the output that cuBLAS wants: of all heads in a row,
     [B * N, T, H], with T filled up to a multiple of 8. A fused kernel takes them where they lie.
     """
-    if execution.attention != "cudnn":
-        return None
-    image, text = config.model.image, config.model.text
-    towers: list[tuple[int, ImageTowerConfig | TextTowerConfig]] = []
-    if image.kind != "resnet" and _fuses(image):
-        towers.append((_image_tokens(image), image))
-    if text.kind != "cbow" and _fuses(text) and not config.data.packing.group_size:
-        towers.append((text.context_length, text))
+    towers = _fused_towers(config, execution)
     lengths: set[int] = set()
     copied: set[tuple[int, int]] = set()
     for num_tokens, tower in towers:
@@ -76,7 +72,28 @@ def unfused_arrays(
     return is_left_out if towers else None
 
 
-def _fuses(tower: ImageTowerConfig | TextTowerConfig) -> bool:
+def recomputed_scores(config: ExperimentConfig, execution: Execution) -> int:
+    """FLOPs of one sample for the scores that fused backward passes compute once more."""
+    return sum(
+        2 * num_tokens**2 * tower.width * tower.depth
+        for num_tokens, tower in _fused_towers(config, execution)
+    )
+
+
+def _fused_towers(config: ExperimentConfig, execution: Execution) -> list[tuple[int, TowerConfig]]:
+    """Tokens of a row, and the tower, of which a sample is one row."""
+    if execution.attention != "cudnn":
+        return []
+    image, text = config.model.image, config.model.text
+    towers: list[tuple[int, TowerConfig]] = []
+    if image.kind != "resnet" and _fuses(image):
+        towers.append((_image_tokens(image), image))
+    if text.kind != "cbow" and _fuses(text) and not config.data.packing.group_size:
+        towers.append((text.context_length, text))
+    return towers
+
+
+def _fuses(tower: TowerConfig) -> bool:
     """As `clip_jax.models.layers.attention` decides."""
     return tower.width // tower.num_heads % 8 == 0
 

@@ -106,7 +106,7 @@ def compile_step(
     entry, cached = _entry(config, mesh, topology, step, cache)
     if "needed_bytes" in entry:
         raise _too_large(topology, entry["needed_bytes"], entry["has_bytes"])
-    program = Program(entry["text"])
+    program = Program(entry["text"], device_ids=[device.id for device in mesh.devices.flat])
     if execution.attention != compiled_execution.attention:
         assumptions += (
             "compiled with XLA's attention, as cuDNN's cannot be compiled ahead of time; memory "

@@ -4,20 +4,21 @@ Each instruction takes the longer of its products at the chip's rate for their d
 at the memory's bandwidth (Williams et al. 2009); collectives take their bytes at the bandwidth of
 the links they use. Three times are given:
 
-- low: all at the data sheet's figures, all communication behind computation: a bound;
-- expected: the shares of those figures that `estimate_speeds` names; communication hides only
-  behind work that the program's order puts between its start and its done;
+- low: all at the data sheet's figures, and everything at once: products, memory, each kind of link
+  and the host's take the longest of them, a bound;
+- expected: the shares of those figures that `estimate_speeds` names; collectives and copies hide
+  only behind work that the program's order puts between their start and their done;
 - high: lower shares, and nothing hides.
 """
 
 import dataclasses
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, NamedTuple
 
 from clip_jax.models import Execution
 from clip_jax.parallel import make_mesh
-from clip_jax.planning.attention import unfused_arrays
+from clip_jax.planning.attention import recomputed_scores, unfused_arrays
 from clip_jax.planning.calibration import Calibration, num_cores
 from clip_jax.planning.estimate_schedule import Schedule, Timed
 from clip_jax.planning.estimate_speeds import (
@@ -34,9 +35,9 @@ from clip_jax.planning.estimate_speeds import (
     chip_speeds,
     guessed_speeds,
 )
-from clip_jax.planning.hlo import COLLECTIVES, Collective
+from clip_jax.planning.hlo import Collective
 from clip_jax.planning.known_errors import known_error
-from clip_jax.planning.links import Network
+from clip_jax.planning.links import Network, Stage
 from clip_jax.planning.measured_run import Measured, compare
 from clip_jax.planning.traffic import Reader
 from clip_jax.training.throughput import Throughput
@@ -46,6 +47,15 @@ if TYPE_CHECKING:
     from clip_jax.planning.topology import Topology
 
 _HOST_BANDWIDTH = 32e9  # PCIe 4.0 x16 of a device to its host's memory, one direction
+
+
+class _Totals(NamedTuple):
+    """Of one step of one device."""
+
+    flops: Counter[str]  # by dtype
+    recomputed_scores: int  # of them, that the program has not
+    num_bytes: int
+    host_bytes: int
 
 
 class Range(NamedTuple):
@@ -58,7 +68,10 @@ class Range(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Collectives of one kind along the same axes, in one step of one device."""
+    """Collectives of one kind along the same axes, in one step of one device.
+
+    Those that cross slices or nodes have a part on the links inside and one on the network.
+    """
 
     kind: str  # one of hlo.COLLECTIVES
     axes: tuple[str, ...]
@@ -73,16 +86,20 @@ class Traffic:
 class Estimate:
     """Of one step; FLOPs and bytes are one device's."""
 
-    flops: int  # of the program, recomputation with them
+    flops: int  # of the program, recomputation with them, and what fused attention adds
     flops_by_dtype: dict[str, int]  # of the operands, as the program spells it
     compute_seconds: float  # FLOPs at the peak
     memory_bytes: int  # read from and written to memory
     memory_seconds: float  # at the full bandwidth
+    host_bytes: int  # to and from the host's memory
+    host_seconds: float  # at the full bandwidth
     chip_seconds: float  # instruction by instruction, the longer of both, at the peak
     traffic: tuple[Traffic, ...]
     communication_seconds: float  # of all of it, at full bandwidth
     step_seconds: Range
-    bound_by: str  # "compute" | "memory" | "communication": most of the expected time
+    # Most of the expected time: "compute" | "memory" | "communication" | "host" | "overhead", which
+    # is launches of kernels and latencies of collectives.
+    bound_by: str
     mfu: Range | None  # None: the peak is not known; of a calibrated CPU, of what it reaches
     samples_per_second: Range
     num_steps: int
@@ -109,15 +126,9 @@ def estimate(
     config, program = step.config, step.program
     fused = None if topology.platform != "gpu" else unfused_arrays(config, _execution(step))
     reader = Reader(program, fused)
-    flops: Counter[str] = Counter()
-    num_bytes = host_bytes = 0
-    for work, times in reader.work():
-        flops.update({dtype: count * times for dtype, count in work.flops.items()})
-        num_bytes += times * work.num_bytes
-        host_bytes += times * work.host_bytes
-    check_dtypes(flops)
-    timed = _Times(step, topology, calibration, reader, host_bytes)
-    peak = timed.peak
+    totals = _totals(step, reader, fused=fused is not None)
+    flops, host_bytes = totals.flops, totals.host_bytes
+    timed = _Times(step, topology, calibration, reader, totals)
     seconds = timed.seconds
     rates = Range(*(config.global_batch_size / each for each in seconds))
     days = Range(*(config.num_steps * each / 86400 for each in seconds))
@@ -131,10 +142,12 @@ def estimate(
     return Estimate(
         flops=sum(flops.values()),
         flops_by_dtype=dict(flops),
-        compute_seconds=sum(count / peak.flops[dtype] for dtype, count in flops.items()),
-        memory_bytes=num_bytes,
-        memory_seconds=num_bytes / peak.memory,
-        chip_seconds=timed.at_peak.chip_seconds,
+        compute_seconds=timed.compute_seconds,
+        memory_bytes=totals.num_bytes,
+        memory_seconds=timed.memory_seconds,
+        host_bytes=host_bytes,
+        host_seconds=host_bytes / _HOST_BANDWIDTH,
+        chip_seconds=timed.chip_seconds,
         traffic=timed.traffic(),
         communication_seconds=sum(each.seconds for each in timed.at_peak.collectives),
         step_seconds=seconds,
@@ -167,32 +180,52 @@ class _Times:
         topology: "Topology",
         calibration: Calibration | None,
         reader: Reader,
-        host_bytes: int,
+        totals: _Totals,
     ) -> None:
         self._step, self._topology, self._calibration = step, topology, calibration
-        self._reader, self._host_seconds = reader, host_bytes / _HOST_BANDWIDTH
+        self._reader, self._totals = reader, totals
         platform, chip = topology.platform, topology.chip
-        self.peak = self._speeds(PEAK)
+        peak = self._speeds(PEAK)
+        self.compute_seconds = sum(n / peak.flops[dtype] for dtype, n in totals.flops.items())
+        self.memory_seconds = totals.num_bytes / peak.memory
         mesh = make_mesh(step.config, topology.devices)
-        self._network = Network(
+        network = Network(
             devices=list(mesh.devices.flat),
             chip=chip,
-            copy_bandwidth=self.peak.memory if chip is None else math.inf,
+            copy_bandwidth=peak.memory if chip is None else math.inf,
         )
+        self._routes = {each.name: network.route(each) for each in reader.program.collectives}
         self.at_peak = self._schedule(PEAK)
+        self.chip_seconds = self.at_peak.spent.total + self._scores_seconds(PEAK)
         if chip is None:
             self._expected = self.at_peak
             self.seconds = self._of_cpu()
             return
         self._expected = self._schedule(EXPECTED[platform])
         slow = self._schedule(SLOW[platform])
-        peak_sent = sum(each.seconds for each in self.at_peak.collectives)
-        low = max(self.at_peak.chip_seconds, peak_sent, self._host_seconds)
-        expected = max(self._expected.chip_seconds, self._host_seconds) + self._exposed
-        high = (
-            slow.chip_seconds + self._host_seconds + sum(each.seconds for each in slow.collectives)
-        )
+        links = self._seconds_by_link().values()
+        low = max(self.compute_seconds, self.memory_seconds, self._host_seconds(PEAK), *links)
+        shares = EXPECTED[platform]
+        own = self._expected.spent.total + self._scores_seconds(shares)
+        expected = max(own, self._host_seconds(shares)) + self._exposed
+        shares = SLOW[platform]
+        high = slow.serial_seconds + self._scores_seconds(shares) + self._host_seconds(shares)
+        high += sum(each.seconds for each in slow.collectives)
         self.seconds = Range(low, max(low, expected), max(low, expected, high))
+
+    def _host_seconds(self, shares: Shares) -> float:
+        return self._totals.host_bytes / (_HOST_BANDWIDTH * shares.host)
+
+    def _scores_seconds(self, shares: Shares) -> float:
+        return self._totals.recomputed_scores / self._speeds(shares).flops["bf16"]
+
+    def _seconds_by_link(self) -> dict[str, float]:
+        """Of all communication, at full bandwidth."""
+        seconds: defaultdict[str, float] = defaultdict(float)
+        for each in self._reader.program.collectives:
+            for stage in self._routes[each.name].stages:
+                seconds[stage.link] += each.times * stage.seconds
+        return seconds
 
     @property
     def _exposed(self) -> float:
@@ -201,7 +234,7 @@ class _Times:
     def _of_cpu(self) -> Range:
         """Nothing hides: the devices compute on the cores that would copy."""
         within = GUESSED_RANGE if self._calibration is None else CALIBRATED_RANGE
-        expected = self.at_peak.chip_seconds + sum(t.seconds for t in self.at_peak.collectives)
+        expected = self.at_peak.spent.total + sum(t.seconds for t in self.at_peak.collectives)
         return Range(expected / within, expected, expected * within)
 
     def _speeds(self, shares: Shares) -> Speeds:
@@ -217,50 +250,65 @@ class _Times:
 
     def _schedule(self, shares: Shares) -> Schedule:
         def seconds_of(collective: Collective) -> float:
-            route = self._network.route(collective)
-            latency = shares.link_seconds[route.link] * max(route.hops, 1) if route.seconds else 0
-            return route.seconds / shares.links + latency
+            stages = self._routes[collective.name].stages
+            return sum(_seconds(stage, shares) for stage in stages)
 
         return Schedule(self._reader, self._speeds(shares), seconds_of)
 
     def traffic(self) -> tuple[Traffic, ...]:
         """Largest first; what nothing is sent by is left out."""
-        found: dict[tuple[str, tuple[str, ...], str], list[Timed]] = {}
+        shares = self._expected_shares
+        hidden = {each.collective.name: each for each in self._expected.collectives}
+        found: dict[tuple[str, tuple[str, ...], str], list[tuple[Timed, Stage]]] = {}
         for each in self.at_peak.collectives:
             collective = each.collective
-            if not collective.sent_bytes:
-                continue
-            link = self._network.route(collective).link
-            key = collective.kind, collective.axes(self._step.mesh), link
-            found.setdefault(key, []).append(each)
-        hidden = {each.collective.name: each for each in self._expected.collectives}
+            for stage in self._routes[collective.name].stages:
+                key = collective.kind, collective.axes(self._step.mesh), stage.link
+                found.setdefault(key, []).append((hidden[collective.name], stage))
         rows = []
         for (kind, axes, link), members in found.items():
-            expected = [hidden[each.collective.name] for each in members]
-            behind = sum(each.hidden_seconds for each in expected)
+            behind = expected = 0.0
+            for timed, stage in members:
+                seconds = timed.collective.times * _seconds(stage, shares)
+                expected += seconds
+                behind += seconds * timed.hidden_seconds / (timed.seconds or 1.0)
+            runs = [(timed.collective.times, stage) for timed, stage in members]
             rows.append(
                 Traffic(
                     kind=kind,
                     axes=axes,
-                    num_bytes=sum(each.collective.sent_bytes for each in members),
-                    times=sum(each.collective.times for each in members),
+                    num_bytes=round(sum(times * stage.num_bytes for times, stage in runs)),
+                    times=sum(times for times, _ in runs),
                     link=link,
-                    seconds=sum(each.seconds for each in members),
-                    asynchronous=behind / (sum(each.seconds for each in expected) or 1.0),
+                    seconds=sum(times * stage.seconds for times, stage in runs),
+                    asynchronous=behind / (expected or 1.0),
                 )
             )
         return tuple(sorted(rows, key=lambda row: -row.num_bytes))
 
+    @property
+    def _expected_shares(self) -> Shares:
+        platform = self._topology.platform
+        return PEAK if platform == "cpu" else EXPECTED[platform]
+
     def bound_by(self) -> str:
         """What most of the expected time goes to."""
-        spent = {"compute": 0.0, "memory": 0.0, "communication": self._exposed}
-        platform = self._topology.platform
-        speeds = self._speeds(PEAK if platform == "cpu" else EXPECTED[platform])
-        for work, times in self._reader.work():
-            if work.opcode.removesuffix("-start") in COLLECTIVES:
-                continue
-            computing = speeds.computing(work) > speeds.moving(work)
-            spent["compute" if computing else "memory"] += times * speeds.seconds(work)
+        shares, own = self._expected_shares, self._expected.spent
+        waiting = 0.0  # for latencies, as far as nothing hides them
+        for each in self._expected.collectives:
+            stages = self._routes[each.collective.name].stages
+            share = 1 - each.hidden_seconds / (each.seconds or 1.0)
+            waiting += share * each.collective.times * sum(_latency(s, shares) for s in stages)
+        computing = own.computing + self._scores_seconds(shares)
+        spent = {
+            "compute": computing,
+            "memory": own.moving,
+            "communication": self._exposed - waiting,
+            "overhead": own.launching + waiting,
+        }
+        host_seconds = self._host_seconds(shares)
+        if host_seconds > computing + own.moving + own.launching:  # all of which it hides
+            spent |= {"compute": 0.0, "memory": 0.0, "overhead": waiting, "host": host_seconds}
         return max(spent, key=lambda name: spent[name])
 
     def assumptions(self, *, fused: bool, host_bytes: int) -> tuple[str, ...]:
@@ -282,9 +330,9 @@ class _Times:
             lines.append(f"expected: as measured on one device: {calibration.describe()}")
         lines += [
             SOURCES[platform],
-            "at best everything runs at the data sheet's figures and all communication hides "
-            "behind computation; expected, what is asynchronous and has work between its start "
-            "and its end; at worst nothing",
+            "at best everything runs at the data sheet's figures and at once: products, memory, "
+            "links; expected, what is asynchronous hides behind the work between its start and "
+            "its end; at worst nothing hides",
         ]
         if any(each.collective.sent_bytes for each in self.at_peak.collectives):
             lines.append(
@@ -298,15 +346,43 @@ class _Times:
             lines.append(
                 "compiled with XLA's attention: arrays of scores and copies of q, k and v are left "
                 "out of memory and traffic, as cuDNN makes none; its backward pass computes the "
-                "scores once more, which is not in the FLOPs; kernels are not autotuned"
+                "scores once more, which is in the FLOPs; kernels are not autotuned"
             )
         if host_bytes:
+            rates = (PEAK.host, EXPECTED[platform].host, SLOW[platform].host)
+            best, expected, worst = (_HOST_BANDWIDTH / 1e9 * share for share in rates)
             lines.append(
-                "activations that lie on the host go there and back at 32 GB/s, while others "
-                "compute"
+                f"activations that lie on the host go there and back at {best:g} GB/s a chip at "
+                f"best, {expected:g} expected, {worst:g} at worst, as chips of a host share its "
+                "links; others compute meanwhile"
             )
         lines += ["input, checkpoints and evaluation are left out", known_error(platform)]
         return tuple(lines)
+
+
+def _latency(stage: Stage, shares: Shares) -> float:
+    return shares.link_seconds[stage.link] * max(stage.hops, 1)
+
+
+def _seconds(stage: Stage, shares: Shares) -> float:
+    return stage.seconds / shares.links + _latency(stage, shares)
+
+
+def _totals(step: "CompiledStep", reader: Reader, *, fused: bool) -> _Totals:
+    """Raises UserError for products whose rate is not known."""
+    flops: Counter[str] = Counter()
+    num_bytes = host_bytes = 0
+    for work, times in reader.work():
+        flops.update({dtype: count * times for dtype, count in work.flops.items()})
+        num_bytes += times * work.num_bytes
+        host_bytes += times * work.host_bytes
+    check_dtypes(flops)
+    scores = 0
+    if fused:
+        rows = step.config.global_batch_size / step.num_devices
+        scores = round(rows * recomputed_scores(step.config, _execution(step)))
+        flops["bf16"] += scores
+    return _Totals(flops, scores, num_bytes, host_bytes)
 
 
 def _execution(step: "CompiledStep") -> Execution:

@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 from clip_jax.planning.estimate_speeds import Speeds
 from clip_jax.planning.hlo import COLLECTIVES, Collective, Instruction, operands
-from clip_jax.planning.traffic import Reader
+from clip_jax.planning.hlo_slices import rendezvous
+from clip_jax.planning.traffic import Computation, Reader, Work
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,9 +20,38 @@ class Timed:
     hidden_seconds: float  # of them, behind work between its start and its done
 
 
+@dataclasses.dataclass(kw_only=True)
+class Spent:
+    """Seconds of one device on its own work, by what each instruction waits for."""
+
+    computing: float = 0.0
+    moving: float = 0.0  # to and from memory
+    launching: float = 0.0
+    unhidden: float = 0.0  # behind which no collective hides
+    idle_memory: float = 0.0  # in which the memory has nothing to do
+
+    @property
+    def total(self) -> float:
+        return self.computing + self.moving + self.launching
+
+    def add(self, other: "Spent", times: int = 1) -> None:
+        for field in dataclasses.fields(self):
+            more = times * getattr(other, field.name)
+            setattr(self, field.name, getattr(self, field.name) + more)
+
+
+class _Span(NamedTuple):
+    """What goes on while others compute: its start, and the places of the first and last."""
+
+    start: Instruction
+    first: int
+    last: int
+
+
 class Schedule:
     """Goes through a program in its order: work takes time, and collectives hide behind it.
 
+    Copies that are started and waited for hide behind work that leaves the memory idle.
     seconds_of: of one run of a collective.
     """
 
@@ -32,7 +63,7 @@ class Schedule:
         self._hidden: dict[str, float] = {}  # of one run, by the collective's name
         self._by_name = {c.name: c for c in self._program.collectives if not c.channel}
         self._spread = self._find_spread()
-        self.chip_seconds, _ = self._time(self._program.entry)
+        self.spent = self._time(self._program.entry)
 
     @functools.cached_property
     def collectives(self) -> list[Timed]:
@@ -45,48 +76,98 @@ class Schedule:
             for each in self._program.collectives
         ]
 
+    @property
+    def serial_seconds(self) -> float:
+        """The work of a step where copies hide behind nothing."""
+        return sum(
+            times * self._speeds.seconds(work)
+            for work, times in self._reader.work()
+            if not _is_collective(work.opcode)
+        )
+
     @functools.cache  # noqa: B019 - lives as long as the schedule
-    def _time(self, name: str) -> tuple[float, float]:
-        """Seconds of one run of a computation, and those behind which nothing hides."""
+    def _time(self, name: str) -> Spent:
+        """Of one run of a computation."""
         computation = self._program.computations[name]
         order = list(computation.values())
-        spent, free = [0.0] * len(order), [0.0] * len(order)
-        for place, instruction in enumerate(order):
+        spans = self._spans(order, computation)
+        copying = {
+            span.start.name: seconds
+            for span in spans
+            if (seconds := self._copying(span.start, computation)) is not None
+        }
+        spent = [Spent() for _ in order]
+        for here, instruction in zip(spent, order, strict=True):
+            if instruction.name in copying:
+                continue
             for part, times in self._program.parts(instruction, computation):
-                inner, inner_free = self._time(part)
-                spent[place] += times * inner
-                free[place] += times * inner_free
+                here.add(self._time(part), times)
             work = self._reader.work_of(instruction, computation)
-            if work is not None and instruction.opcode.removesuffix("-start") not in COLLECTIVES:
-                spent[place] += self._speeds.seconds(work)
-                free[place] += self._speeds.seconds(work)
-        for collective, first, last in self._intervals(name, order):
+            if work is not None and not _is_collective(work.opcode):
+                here.add(self._of(work))
+        for start, first, last in spans:
+            if start.name in copying:
+                left = copying[start.name]
+                for here in spent[first : last + 1]:
+                    hidden = min(left, here.idle_memory)
+                    here.idle_memory -= hidden
+                    left -= hidden
+                spent[last + 1].add(Spent(moving=left, unhidden=left))
+        crossing = list(self._spread.get(name, ()))
+        for start, first, last in spans:
+            if (collective := self._begun_by(start)) is not None:
+                crossing.append((collective, first, last))
+        for collective, first, last in crossing:
             left = self._seconds_of(collective)
-            for place in range(first, last + 1):
-                hidden = min(left, free[place])
-                free[place] -= hidden
+            for here in spent[first : last + 1]:
+                hidden = min(left, here.unhidden)
+                here.unhidden -= hidden
                 left -= hidden
             self._hidden[collective.name] = self._seconds_of(collective) - left
-        return sum(spent), sum(free)
+        whole = Spent()
+        for here in spent:
+            whole.add(here)
+        return whole
 
-    def _intervals(self, name: str, order: list[Instruction]) -> list[tuple[Collective, int, int]]:
-        """Collectives that go on while others compute: first and last of those."""
-        found = list(self._spread.get(name, ()))
-        begun: dict[str, tuple[Collective, int]] = {}
+    def _of(self, work: Work) -> Spent:
+        computing, moving = self._speeds.computing(work), self._speeds.moving(work)
+        seconds = self._speeds.seconds(work)
+        return Spent(
+            computing=computing if computing > moving else 0.0,
+            moving=moving if computing <= moving else 0.0,
+            launching=self._speeds.kernel_seconds,
+            unhidden=seconds,
+            idle_memory=seconds - moving,
+        )
+
+    def _copying(self, start: Instruction, computation: Computation) -> float | None:
+        """Seconds of a copy that goes on beside other work; None of what is no copy."""
+        inside = [self._time(part) for part, _ in self._program.parts(start, computation)]
+        if self._begun_by(start) is not None or any(each.computing for each in inside):
+            return None
+        work = self._reader.work_of(start, computation)
+        own = 0.0 if work is None else self._speeds.moving(work)
+        return own + sum(each.moving for each in inside)
+
+    def _spans(self, order: list[Instruction], computation: Computation) -> list[_Span]:
+        found = []
+        begun: dict[str, tuple[Instruction, int]] = {}
         for place, instruction in enumerate(order):
             if instruction.opcode.endswith("-start"):
-                collective = self._begun_by(instruction)
-                if collective is not None:
-                    begun[instruction.name] = collective, place
+                begun[instruction.name] = instruction, place
+            elif instruction.opcode == "send" and instruction.name in self._by_name:
+                begun[rendezvous(instruction.text)] = instruction, place
             elif instruction.opcode.endswith(("-done", "-update")):
-                start = operands(instruction)[0]
-                if start not in begun:
+                name = operands(instruction)[0]
+                if instruction.opcode == "recv-done" and name in computation:
+                    name = rendezvous(computation[name].text)
+                if name not in begun:
                     continue
-                collective, first = begun[start]
                 if instruction.opcode.endswith("-update"):
-                    begun[instruction.name] = begun[start]
+                    begun[instruction.name] = begun[name]
                 else:
-                    found.append((collective, first + 1, place - 1))
+                    start, first = begun[name]
+                    found.append(_Span(start, first + 1, place - 1))
         return found
 
     def _begun_by(self, start: Instruction) -> Collective | None:
@@ -123,7 +204,11 @@ class Schedule:
             return set()
         found = set()
         for inner in self._program.called(instruction).values():
-            if inner.opcode.removesuffix("-start") in COLLECTIVES:
+            if _is_collective(inner.opcode):
                 found.add(inner.channel)
             found |= self._channels(inner)
         return found
+
+
+def _is_collective(opcode: str) -> bool:
+    return opcode.removesuffix("-start") in COLLECTIVES

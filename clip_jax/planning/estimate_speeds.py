@@ -42,6 +42,7 @@ class Shares:
     products: float
     memory: float
     links: float
+    host: float  # of a chip's own PCIe 4.0 x16: chips of a host may share its lanes and memory
     kernel_seconds: float  # of each instruction, whatever it does
     # Of each run of a collective, by link, and for each hop.
     link_seconds: Mapping[str, float]
@@ -50,33 +51,54 @@ class Shares:
 _NO_WAIT = {"ICI": 0.0, "NVLink": 0.0, "PCIe": 0.0, "DCN": 0.0, "memory": 0.0}
 _LINK_SECONDS = {"ICI": 1e-6, "NVLink": 10e-6, "PCIe": 20e-6, "DCN": 50e-6, "memory": 0.0}
 
-PEAK = Shares(products=1, memory=1, links=1, kernel_seconds=0, link_seconds=_NO_WAIT)
+PEAK = Shares(products=1, memory=1, links=1, host=1, kernel_seconds=0, link_seconds=_NO_WAIT)
 EXPECTED: Mapping[str, Shares] = {
     "tpu": Shares(
-        products=0.85, memory=0.85, links=0.85, kernel_seconds=0.5e-6, link_seconds=_LINK_SECONDS
+        products=0.85,
+        memory=0.85,
+        links=0.85,
+        host=0.5,
+        kernel_seconds=0.5e-6,
+        link_seconds=_LINK_SECONDS,
     ),
     "gpu": Shares(
-        products=0.75, memory=0.85, links=0.8, kernel_seconds=3e-6, link_seconds=_LINK_SECONDS
+        products=0.75,
+        memory=0.85,
+        links=0.8,
+        host=0.5,
+        kernel_seconds=3e-6,
+        link_seconds=_LINK_SECONDS,
     ),
 }
 SLOW: Mapping[str, Shares] = {
     "tpu": Shares(
-        products=0.65, memory=0.7, links=0.6, kernel_seconds=1e-6, link_seconds=_LINK_SECONDS
+        products=0.65,
+        memory=0.7,
+        links=0.6,
+        host=0.25,
+        kernel_seconds=1e-6,
+        link_seconds=_LINK_SECONDS,
     ),
     "gpu": Shares(
-        products=0.55, memory=0.7, links=0.55, kernel_seconds=5e-6, link_seconds=_LINK_SECONDS
+        products=0.55,
+        memory=0.7,
+        links=0.55,
+        host=0.25,
+        kernel_seconds=5e-6,
+        link_seconds=_LINK_SECONDS,
     ),
 }
 SOURCES = {
     "tpu": (
         "assumed, as no TPU was measured: products reach 85% of the peak, memory and links 85% of "
         "their bandwidth, at worst 65%, 70% and 60%; a fusion takes 0.5 us beside its work, a hop "
-        "1 us, a message between slices 50 us"
+        "1 us, a message between slices 50 us for each doubling of their number"
     ),
     "gpu": (
         "products reach 75% of the peak (an H200 made 790 of 989 TFLOP/s in large ones); assumed: "
         "memory 85% and links 80% of their bandwidth, at worst 55%, 70% and 55%; a kernel takes 3 "
-        "us beside its work, a collective 10 us, between nodes 50 us"
+        "us beside its work, a collective 10 us, between nodes 50 us for each doubling of their "
+        "number"
     ),
 }
 # Of a core, where nothing was measured: AVX2 at 2.5 GHz, and a share of two channels of DDR4.

@@ -8,11 +8,18 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from clip_jax.planning.hlo_arrays import Array, arrays_of, dtype_bytes
 from clip_jax.planning.hlo_groups import device_groups
-from clip_jax.planning.hlo_products import convolution_flops, dot_flops, gemm_flops
+from clip_jax.planning.hlo_products import (
+    CUDNN_CONVOLUTION,
+    convolution_flops,
+    cudnn_flops,
+    dot_flops,
+    gemm_flops,
+)
+from clip_jax.planning.hlo_slices import Slices, crossing_kind, crossing_origin
 
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
@@ -99,9 +106,13 @@ class Collective:
 
 
 class Program:
-    """The computations of `compiled.as_text()`."""
+    """The computations of `compiled.as_text()`.
 
-    def __init__(self, text: str) -> None:
+    device_ids: of the mesh, flat in its order; programs of several TPU slices need them.
+    """
+
+    def __init__(self, text: str, *, device_ids: Sequence[int] = ()) -> None:
+        self._slices = Slices(device_ids)
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
         current: dict[str, Instruction] = {}
@@ -192,7 +203,8 @@ class Program:
         fused: set[tuple[str, str]] = set()
         for instruction, times, inside in self._walk():
             kind = instruction.opcode.removesuffix("-start")
-            if kind not in COLLECTIVES:
+            crossing = crossing_kind(instruction.text) if kind == "send" else None
+            if crossing is None and kind not in COLLECTIVES:
                 continue
             channel = instruction.channel if len(inside) > 1 else ""
             if channel:
@@ -201,7 +213,12 @@ class Program:
                     continue
                 fused.add((kind, channel))
                 times = self._times_in_fusions(kind, channel)
-            groups = device_groups(instruction.text)
+            if crossing is None:
+                origin = instruction.op_name
+                groups = self._slices.everywhere(device_groups(instruction.text))
+            else:
+                kind, origin = crossing, crossing_origin(instruction.text)
+                groups = self._slices.across(instruction.text)
             computation = self.computations[inside[-1]]
             shapes = [shape for n in operands(instruction) for shape in computation[n].shapes]
             num_bytes = sum(dtype_bytes(dtype) * math.prod(dims) for dtype, dims in shapes)
@@ -213,7 +230,7 @@ class Program:
                 Collective(
                     kind,
                     instruction.name,
-                    instruction.op_name,
+                    origin,
                     num_bytes,
                     tuple(shapes),
                     groups,
@@ -280,14 +297,19 @@ def product_flops(instruction: Instruction, computation: dict[str, Instruction])
     """Of the product that `instruction` is, once; 0 where it is none."""
     if instruction.opcode not in ("dot", "convolution", "custom-call"):
         return 0
-    if instruction.opcode == "custom-call" and "__cublas$" not in instruction.text:
-        return 0
+    by_cudnn = False
+    if instruction.opcode == "custom-call":
+        by_cudnn = CUDNN_CONVOLUTION.search(instruction.text) is not None
+        if not by_cudnn and "__cublas$" not in instruction.text:
+            return 0
     left, right = (computation[name].shapes[0][1] for name in operands(instruction)[:2])
     result = instruction.shapes[0][1]
     if instruction.opcode == "dot":
         return dot_flops(instruction.text, left, result)
     if instruction.opcode == "convolution":
         return convolution_flops(instruction.text, left, right, result)
+    if by_cudnn:
+        return cudnn_flops(instruction.text, left, right, result)
     return gemm_flops(instruction.text, left, result)
 
 

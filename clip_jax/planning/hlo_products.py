@@ -6,6 +6,8 @@ import re
 Shape = tuple[int, ...]
 
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
+# convForward, convForwardGraph, convBiasActivationForward; gradients.
+CUDNN_CONVOLUTION = re.compile(r'"__cudnn\$conv(BackwardInput|BackwardFilter|\w*Forward\w*)"')
 _LABELS = re.compile(r"dim_labels=(\w+)_(\w+)->(\w+)")
 
 
@@ -22,6 +24,21 @@ def gemm_flops(text: str, left: Shape, result: Shape) -> int:
     assert dims is not None, text
     contracted = math.prod(left[int(d)] for d in re.findall(r"\d+", dims[1]))
     return 2 * math.prod(result) * contracted
+
+
+def cudnn_flops(text: str, left: Shape, right: Shape, result: Shape) -> int:
+    """Of a call of cuDNN: a convolution, or its gradient by its input or its filter.
+
+    All three multiply the same elements. Window and dim_labels are those of the convolution itself,
+    whichever of its three arrays the call makes.
+    """
+    target = CUDNN_CONVOLUTION.search(text)
+    assert target is not None, text
+    if target[1] == "BackwardInput":  # of the output's gradient and the filter
+        return convolution_flops(text, result, right, left)
+    if target[1] == "BackwardFilter":  # of the input and the output's gradient
+        return convolution_flops(text, left, result, right)
+    return convolution_flops(text, left, right, result)
 
 
 def convolution_flops(text: str, left: Shape, right: Shape, result: Shape) -> int:

@@ -3,12 +3,14 @@
 TPUs: each chip has two links along each dim of its slice's torus. Where the groups of a collective
 vary along a dim that is a ring they use both, else one (Austin et al. 2025, "How to Scale Your
 Model", chapter 3); a permutation uses one: those pairs that are farther apart go back along links
-whose other direction is taken.
+whose other direction is taken. Groups whose members are not neighbors share the links between them
+with the groups of the chips in between.
 GPUs: all NVLinks inside a node. Groups that span slices or nodes reduce inside each first, exchange
-a chip's share of the result over the network, and gather it inside.
+a chip's share of the result over the network, in a tree, and gather it inside.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -29,10 +31,23 @@ _PCIE = 32e9  # PCIe 4.0 x16, one direction
 _NETWORK = 100e9 / 8  # an adapter of 100 Gbit/s
 
 
+class Stage(NamedTuple):
+    """Of one run of a collective, what goes over links of one kind."""
+
+    link: str  # "ICI" | "NVLink" | "PCIe" | "DCN" | "memory"
+    num_bytes: float  # that a device sends
+    seconds: float
+    hops: int  # of its longest way, for its latency
+
+
 class Route(NamedTuple):
-    link: str  # "ICI" | "NVLink" | "PCIe" | "DCN" | "memory": the slowest part of it
-    seconds: float  # of one run of the collective
-    hops: int  # of the slowest step, for its latency
+    """One run of a collective. () stages: nobody sends."""
+
+    stages: tuple[Stage, ...]
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,27 +65,28 @@ class Network:
         """Of one run. A device that sends nothing takes no time."""
         sent = collective.sent_bytes / collective.times
         if not sent:
-            return Route("memory", 0.0, 0)
+            return Route(())
         if self.chip is None:
-            return Route("memory", sent / self.copy_bandwidth, 0)
+            return Route((Stage("memory", sent, sent / self.copy_bandwidth, 0),))
         if collective.kind == "collective-permute":
             return self._permutation(collective, sent)
         group = max(collective.groups, key=len)
         slices = self._by_slice(group)
         inside = max(slices, key=len)
-        seconds, hops, link = 0.0, 0, self._link
+        # Of what is sent, the part that stays inside a slice; of an exchange, by its targets.
+        share = (len(inside) - 1) / (len(group) - 1)
+        if collective.kind != "all-to-all":
+            share *= len(group) / len(inside)
+        stages = []
         if len(inside) > 1:
-            share = (len(inside) - 1) / len(inside) * len(group) / (len(group) - 1)
             seconds, hops = self._inside(collective, inside, sent * share)
+            stages.append(Stage(self._link, sent * share, seconds, hops))
         if len(slices) > 1:
             # What a device keeps of the array after the stage inside its slice goes across.
-            share = (len(slices) - 1) / len(slices) / len(inside) * len(group) / (len(group) - 1)
-            if collective.kind == "all-to-all":
-                share = (len(group) - len(inside)) / (len(group) - 1)
-            across = sent * share / self._network_bandwidth
-            link = "DCN" if across > seconds else link
-            seconds += across
-        return Route(link, seconds, hops + len(slices) - 1)
+            across = sent * (1 - share)
+            hops = 1 if collective.kind == "all-to-all" else math.ceil(math.log2(len(slices)))
+            stages.append(Stage("DCN", across, across / self._network_bandwidth, hops))
+        return Route(tuple(stages))
 
     # ---- Inside a slice or a node ----------------------------------------------------------------
 
@@ -82,12 +98,17 @@ class Network:
             return sent / self._node_bandwidth, 1
         sides = self._sides
         places = [self._place(device) for device in group]
-        extents = [len({place[dim] for place in places}) for dim in range(len(sides))]
+        taken = [sorted({place[dim] for place in places}) for dim in range(len(sides))]
+        extents = [len(members) for members in taken]
         if max(extents) == 1:  # the two devices of a chip
             return sent / (_LINKS_IN_CHIP * self._one_link), 1
+        strides = [
+            _stride(members, side, is_ring=self._is_ring(side))
+            for members, side in zip(taken, sides, strict=True)
+        ]
         rings = [
-            extent == side and self._is_ring(side)
-            for extent, side in zip(extents, sides, strict=True)
+            extent > 1 and extent * stride == side and self._is_ring(side)
+            for extent, stride, side in zip(extents, strides, sides, strict=True)
         ]
         # The devices of a chip share its links, unless they are of one group.
         sharing = self._num_cores if len(group) == math.prod(extents) else 1
@@ -95,31 +116,36 @@ class Network:
             # Half of what each device has crosses the middle of each dim.
             whole = sent * len(group) / (len(group) - 1)
             seconds = max(
-                whole * extent / (8 if ring else 4) / self._one_link
-                for extent, ring in zip(extents, rings, strict=True)
+                whole * extent * stride / (8 if ring else 4) / self._one_link
+                for extent, stride, ring in zip(extents, strides, rings, strict=True)
                 if extent > 1
             )
-            return seconds * sharing, max(extents)
+            return seconds * sharing, round(max(map(math.prod, zip(extents, strides, strict=True))))
         num_links = sum(
-            2 if ring else 1 for extent, ring in zip(extents, rings, strict=True) if extent > 1
+            (2 if ring else 1) / stride
+            for extent, stride, ring in zip(extents, strides, rings, strict=True)
+            if extent > 1
         )
         hops = sum(
-            extent // 2 if ring else extent - 1 for extent, ring in zip(extents, rings, strict=True)
+            round(stride * (extent // 2 if ring else extent - 1))
+            for extent, stride, ring in zip(extents, strides, rings, strict=True)
         )
         return sent / (num_links * self._one_link) * sharing, hops
 
     def _permutation(self, collective: Collective, sent: float) -> Route:
         pairs = [pair for pair in collective.groups if pair[0] != pair[1]]
         if not pairs:
-            return Route("memory", 0.0, 0)
+            return Route(())
         if any(len(self._by_slice(pair)) > 1 for pair in pairs):
-            return Route("DCN", sent / self._network_bandwidth, 1)
+            return Route((Stage("DCN", sent, sent / self._network_bandwidth, 1),))
         if not self._is_tpu:
-            return Route(self._link, sent / self._node_bandwidth, 1)
+            return Route((Stage(self._link, sent, sent / self._node_bandwidth, 1),))
         hops = max(self._distance(*pair) for pair in pairs)
         if hops == 0:
-            return Route(self._link, sent / (_LINKS_IN_CHIP * self._one_link), 1)
-        return Route(self._link, sent * self._num_cores / self._one_link, hops)
+            seconds, hops = sent / (_LINKS_IN_CHIP * self._one_link), 1
+        else:
+            seconds = sent * self._num_cores / self._one_link
+        return Route((Stage(self._link, sent, seconds, hops),))
 
     def _distance(self, one: int, other: int) -> int:
         hops = 0
@@ -193,3 +219,14 @@ class Network:
         if self._is_tpu:
             return getattr(here, "slice_index", None) or 0
         return int(here.process_index)
+
+
+def _stride(members: Sequence[int], side: int, *, is_ring: bool) -> float:
+    """Links from one of the members along a dim to the next, on average."""
+    if len(members) == 1:
+        return 1.0
+    gaps = [after - before for before, after in itertools.pairwise(members)]
+    if is_ring:  # the longest gap is the one that nothing crosses
+        gaps.append(members[0] + side - members[-1])
+        gaps.remove(max(gaps))
+    return sum(gaps) / len(gaps)

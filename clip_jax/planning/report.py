@@ -15,6 +15,10 @@ from clip_jax.planning.topology import Topology
 
 _LABEL = 27  # characters of a label, as in `clip-jax data check`
 _NARROWEST = 60
+_BOUNDS = {
+    "host": "transfers to and from the host",
+    "overhead": "overhead: launches of kernels, latencies of collectives",
+}
 
 Rows = list[tuple[str, str]]
 
@@ -190,13 +194,13 @@ def _part_rows(parts: list[tuple[str, int]], total: int, topology: Topology) -> 
 
 def _shown_sections(shown: Judged) -> list[Section]:
     estimate, step = shown.estimate, shown.step
-    needed = step.analytic_flops * step.config.global_batch_size / step.num_devices
+    counted_flops = step.analytic_flops * step.config.global_batch_size / step.num_devices
     changed = f", with {' '.join(shown.overrides)}" if shown.overrides else ""
     rows: Rows = [
         (
             "FLOPs",
-            f"{_flops(estimate.flops)} a device: {estimate.flops / needed:.3f} x those that "
-            "training needs",
+            f"{_flops(estimate.flops)} a device: {estimate.flops / counted_flops:.3f} x the "
+            "analytic count (3 x forward)",
         ),
         ("memory traffic", f"{size(estimate.memory_bytes)} a device"),
         ("sent", f"{size(sum(t.num_bytes for t in estimate.traffic))} a device"),
@@ -204,8 +208,12 @@ def _shown_sections(shown: Judged) -> list[Section]:
         ("memory, at its bandwidth", f"{1e3 * estimate.memory_seconds:.4g} ms"),
         ("one operation after another", f"{1e3 * estimate.chip_seconds:.4g} ms"),
         ("sending", f"{1e3 * estimate.communication_seconds:.4g} ms"),
-        ("step time", f"{milliseconds(estimate.step_seconds)}, bound by {estimate.bound_by}"),
     ]
+    if estimate.host_bytes:
+        to_host = f"{size(estimate.host_bytes)}: {1e3 * estimate.host_seconds:.4g} ms"
+        rows.append(("to and from the host", to_host))
+    bound_by = _BOUNDS.get(estimate.bound_by, estimate.bound_by)
+    rows.append(("step time", f"{milliseconds(estimate.step_seconds)}, bound by {bound_by}"))
     if estimate.mfu is not None:
         rows.append(("MFU", _percents(estimate.mfu)))
     compiled = f"{step.compile_seconds:.1f} s{', from the cache' if step.cached else ''}"

@@ -144,6 +144,14 @@ def _tpu(text: str, kind: str, shape: str, num_slices: int) -> Wanted:
             f"a slice of {kind} has {wanted} sides, and {text!r} has {len(dims)}; as in "
             f"{kind}:{example}"
         )
+    most = _GENERATIONS[kind].most
+    if max(dims) > most:
+        sides = [min(size, most) for size in dims]
+        count = num_slices * math.prod(-(-size // most) for size in dims)
+        raise UserError(
+            f"a slice of {kind} has at most {most} chips along a side, and {text!r} has "
+            f"{max(dims):,}; {kind}:{'x'.join(map(str, sides))}*{count} is {count:,} slices"
+        )
     name = f"{kind}:{shape}" + (f"*{num_slices}" if num_slices > 1 else "")
     found = _checked(
         Wanted(name=name, platform="tpu", kind=kind, shape=dims, num_slices=num_slices)
@@ -176,16 +184,19 @@ class _Generation:
     # Sides at which an axis is a ring: of 2-D slices a whole pod's 16, of 3-D ones multiples of 4,
     # where all sides are.
     ring: int
+    # Chips along a side of the largest slice (Google's Cloud TPU documentation): 16x16 of 2-D ones,
+    # 12x12x24 of v4, a v5p's pod of 16x20x28, a 7x's of 16x24x24.
+    most: int
     # 'megacore': the two cores of a chip are one device, as they are on TPU VMs.
     chip_config: str = "default"
 
 
 _GENERATIONS = {
-    "v4": _Generation(libtpu="v4", num_dims=3, ring=4, chip_config="megacore"),
-    "v5e": _Generation(libtpu="v5e", num_dims=2, ring=16),
-    "v5p": _Generation(libtpu="v5p", num_dims=3, ring=4),
-    "v6e": _Generation(libtpu="v6e", num_dims=2, ring=16),
-    "7x": _Generation(libtpu="tpu7x", num_dims=3, ring=4),
+    "v4": _Generation(libtpu="v4", num_dims=3, ring=4, most=24, chip_config="megacore"),
+    "v5e": _Generation(libtpu="v5e", num_dims=2, ring=16, most=16),
+    "v5p": _Generation(libtpu="v5p", num_dims=3, ring=4, most=28),
+    "v6e": _Generation(libtpu="v6e", num_dims=2, ring=16, most=16),
+    "7x": _Generation(libtpu="tpu7x", num_dims=3, ring=4, most=24),
 }
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from clip_jax.planning.hlo import Instruction, Program, operands, product_flops
 from clip_jax.planning.hlo_arrays import DEVICE, HOST, Array
 from clip_jax.planning.hlo_fusions import Inside
+from clip_jax.planning.hlo_products import CUDNN_CONVOLUTION
 
 Computation = dict[str, Instruction]
 
@@ -23,7 +24,8 @@ _HIGHEST = re.compile(r"operand_precision\W+highest", re.IGNORECASE)
 # They move nothing: names for what is there, or the end of what a `-start` has begun.
 _NAMES = (
     "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id "
-    "opt-barrier while conditional call async-start async-update async-done add-dependency domain"
+    "opt-barrier while conditional call async-start async-update async-done add-dependency domain "
+    "send recv"
 )
 _FREE = frozenset(_NAMES.split())
 _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound")
@@ -144,7 +146,7 @@ class Reader:
             for arrays in taken:
                 self._add(moved, arrays)
             made_by = instruction.arrays
-            if "__cublas$" in instruction.text:
+            if "__cublas$" in instruction.text or CUDNN_CONVOLUTION.search(instruction.text):
                 made_by = made_by[:1]  # then its workspace
             self._add(moved, made_by)
 

@@ -179,6 +179,8 @@ def estimate_of(step: CompiledStep, **changes: Any) -> Estimate:
         compute_seconds=0.05,
         memory_bytes=10**9,
         memory_seconds=0.06,
+        host_bytes=0,
+        host_seconds=0.0,
         chip_seconds=0.08,
         traffic=(
             Traffic(

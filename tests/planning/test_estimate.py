@@ -1,6 +1,7 @@
 """Times of a step by hand, from programs of a few instructions."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import pytest
@@ -74,11 +75,22 @@ def test_each_instruction_takes_the_longer_of_computing_and_moving():
     assert found.chip_seconds == pytest.approx(PRODUCT + MOVED)
     assert found.bound_by == "compute"
     low, expected, high = found.step_seconds
-    assert low == pytest.approx(PRODUCT + MOVED)
+    assert low == pytest.approx(PRODUCT)  # all else at once
+    assert found.memory_seconds == pytest.approx(20 * SIDE**2 / BANDWIDTH)
     shares = EXPECTED["gpu"]
     kernels = 3 * shares.kernel_seconds
     assert expected == pytest.approx(PRODUCT / shares.products + MOVED / shares.memory + kernels)
     assert high > expected
+
+
+def test_the_bound_is_the_longest_of_what_can_go_on_at_once():
+    """Whatever the order of instructions is."""
+    moving = program_of(
+        after="%more = f32[4096,4096] copy(%dot)\n  %again = f32[4096,4096] copy(%dot)"
+    )
+    found = estimate_of(moving)
+    assert found.step_seconds.low == pytest.approx(found.memory_seconds)
+    assert found.chip_seconds > max(found.compute_seconds, found.memory_seconds)
 
 
 def test_what_a_run_costs_follows_from_the_step_time():
@@ -116,6 +128,31 @@ def test_expected_hides_what_has_work_between_its_start_and_its_done():
     assert at_once.traffic[0].asynchronous == 0
     assert at_once.step_seconds.expected > alone.step_seconds.expected
     assert at_once.step_seconds.high == pytest.approx(behind.step_seconds.high)
+
+
+COPY = "%copy = (f32[8192,4096]{1,0:S(1)}, f32[8192,4096]{1,0}, u32[]) copy-start(%b)"
+COPIED = 4 * 8192 * 4096 / BANDWIDTH  # of both arrays one is on the chip
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "hidden"),
+    [
+        (COPY, "%there = f32[8192,4096]{1,0:S(1)} copy-done(%copy)", True),
+        (f"{COPY}\n  %there = f32[8192,4096]{{1,0:S(1)}} copy-done(%copy)", "", False),
+        # Behind the product, and behind what keeps the memory busy itself.
+        ("", f"{COPY}\n  %b2 = f32[4096,4096] convert(%dot)\n  %there = f32[8192,4096] "
+         "copy-done(%copy)", False),
+    ],
+)  # fmt: skip
+def test_a_copy_hides_behind_work_that_leaves_the_memory_idle(before, after, hidden):
+    argument = "%b = f32[8192,4096]{1,0} parameter(1)"
+    texts = [program_of(before=f"{argument}\n  {before}", after=after)]
+    texts.append("\n".join(line for line in texts[0].splitlines() if " copy-" not in line))
+    slow = dataclasses.replace(chip_speeds(H100, "gpu", PEAK), memory=10 * BANDWIDTH)
+    schedules = [Schedule(Reader(Program(each)), slow, lambda _: 0.0) for each in texts]
+    more = schedules[0].spent.total - schedules[1].spent.total
+    assert more == pytest.approx(0 if hidden else COPIED / 10, abs=1e-12)
+    assert schedules[0].serial_seconds == pytest.approx(schedules[1].serial_seconds + COPIED / 10)
 
 
 def test_two_collectives_do_not_hide_behind_the_same_work():
@@ -177,7 +214,83 @@ def test_what_tpus_spread_over_fusions_hides_behind_them_each_time_round():
     (timed,) = schedule.collectives
     assert timed.seconds == pytest.approx(3 * 0.5 * PRODUCT)
     assert timed.hidden_seconds == pytest.approx(timed.seconds)
-    assert schedule.chip_seconds == pytest.approx(3 * PRODUCT, rel=1e-3)
+    assert schedule.spent.total == pytest.approx(3 * PRODUCT, rel=1e-3)
+
+
+TWO_SLICES = (Path(__file__).parent / "two_slices.hlo").read_text()
+IDS = (100000, 100001, 100003, 100002, 200000, 200001, 200003, 200002)
+
+
+def test_what_goes_to_other_slices_hides_between_its_send_and_its_receipt():
+    program = Program(TWO_SLICES, device_ids=IDS)
+    speeds = chip_speeds(chip_named("TPU v5e"), "tpu", PEAK)
+    product = 2 * 2048**3 / 197e12
+    schedule = Schedule(Reader(program), speeds, lambda _: 2 * product)
+    hidden = {each.collective.name: each.hidden_seconds for each in schedule.collectives}
+    assert hidden["send.52"] == pytest.approx(product)
+    assert hidden["reduced"] == hidden["send.62"] == 0
+    assert schedule.spent.total == pytest.approx(product, rel=1e-3)
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceDevice:
+    id: int
+    coords: tuple[int, ...]
+    slice_index: int
+    process_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+    core_on_chip: int = 0
+
+
+def test_slices_and_the_network_between_them_have_rows_of_their_own():
+    corners = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (1, 1, 0))
+    places = [(slice_index, i) for slice_index in range(2) for i in range(4)]
+    devices = [SliceDevice((s + 1) * 10**5 + i, corners[i], s, s) for s, i in places]
+    topology = dataclasses.replace(
+        topology_of(platform="tpu", chip=chip_named("TPU v5e")), devices=tuple(devices)
+    )
+    step = step_of(small_config(mesh=(2, 4, 1), precision="bfloat16"), program=TWO_SLICES)
+    step = dataclasses.replace(step, program=Program(TWO_SLICES, device_ids=IDS))
+    found = estimate(step, topology)
+    rows = {(row.kind, row.link): (row.axes, row.times, row.num_bytes) for row in found.traffic}
+    assert rows == {
+        ("all-reduce", "ICI"): (("fsdp",), 1, 2 * 16384 * 3 // 4),
+        ("all-reduce", "DCN"): (("data",), 1, 16384),
+        ("collective-permute", "ICI"): (("fsdp",), 6, 6 * 64),
+        ("collective-permute", "DCN"): (("data",), 6, 6 * 64),
+    }
+    # Seven messages between slices, 50 us each, of which the product hides little.
+    assert found.step_seconds.expected > 7 * 40e-6
+    assert found.bound_by == "overhead"
+
+
+HOST = """
+ENTRY %main (a: bf16[4096,4096]) -> bf16[4096,4096] {
+  %a = bf16[4096,4096]{1,0} parameter(0)
+  %out = (bf16[4096,4096]{1,0:S(5)}, bf16[4096,4096]{1,0}, u32[]) copy-start(%a)
+  %dot = bf16[4096,4096]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %there = bf16[4096,4096]{1,0:S(5)} copy-done(%out)
+  ROOT %b = bf16[4096,4096]{1,0} copy(%dot)
+}
+"""
+
+
+def test_what_goes_to_the_host_takes_its_own_link():
+    found = estimate_of(HOST)
+    assert found.host_bytes == 2 * SIDE**2
+    assert found.host_seconds == pytest.approx(2 * SIDE**2 / 32e9)
+    assert found.step_seconds.low == pytest.approx(found.host_seconds)
+    shares = EXPECTED["gpu"]
+    assert found.step_seconds.expected == pytest.approx(found.host_seconds / shares.host)
+    assert found.bound_by == "host"
+    assert any("16 expected, 8 at worst" in line for line in found.assumptions)
+    assert estimate_of(program_of()).host_bytes == 0
+
+
+def test_launches_are_neither_computing_nor_moving():
+    small = program_of().replace("4096", "16")
+    assert estimate_of(small).bound_by == "overhead"
 
 
 def test_products_in_full_float32_are_slower_and_unknown_ones_an_error():
@@ -205,8 +318,16 @@ ENTRY %main (a: bf16[12,8,8], b: f32[100]) -> f32[100] {
 """
     step = step_of(small_config(mesh=(1, 1, 1), precision="bfloat16"), program=scores)
     assert estimate(step, topology_of()).memory_bytes == 12 * 64 * 6 + 800
+    assert estimate(step, topology_of()).flops == 0
     fused = estimate(dataclasses.replace(step, attention="cudnn"), topology_of())
     assert fused.memory_bytes == 800
+    # Its backward pass computes them once more: 32 samples, two towers.
+    image, text = step.config.model.image, step.config.model.text
+    tokens = (image.image_size // image.patch_size) ** 2 + image.class_token
+    products = [(tokens, image), (text.context_length, text)]
+    scores = sum(2 * length**2 * tower.width * tower.depth for length, tower in products)
+    assert fused.flops_by_dtype == {"bf16": 32 * scores}
+    assert fused.chip_seconds == pytest.approx(32 * scores / FLOPS + 800 / BANDWIDTH)
     assert any("XLA's attention" in line for line in fused.assumptions)
 
 

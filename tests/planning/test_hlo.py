@@ -10,6 +10,7 @@ from small import mesh_of
 from clip_jax.planning import Program
 from clip_jax.planning.hlo_groups import device_groups
 from clip_jax.planning.hlo_products import convolution_flops
+from clip_jax.planning.traffic import Reader
 
 
 @pytest.mark.parametrize(
@@ -141,3 +142,51 @@ def test_a_batched_product_written_as_a_convolution():
         text, (batch, rows, inner), (batch, columns, inner), (batch, rows, columns)
     )
     assert flops == 2 * batch * rows * inner * columns
+
+
+# A convolution of stride 2 as cuDNN is called for it, with its workspace.
+CUDNN = """
+ENTRY %main (x: bf16[4,9,9,3], k: bf16[8,3,3,3], y: bf16[4,5,5,8]) -> RESULT {
+  %x = bf16[4,9,9,3]{3,2,1,0} parameter(0)
+  %k = bf16[8,3,3,3]{3,2,1,0} parameter(1)
+  %y = bf16[4,5,5,8]{3,2,1,0} parameter(2)
+  ROOT %call = (RESULT{3,2,1,0}, u8[1024]{0}) custom-call(TAKEN), WINDOW, CALLED
+}
+""".replace(
+    "WINDOW, CALLED",
+    "window={size=3x3 stride=2x2 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, "
+    'custom_call_target="TARGET"',
+)
+
+
+@pytest.mark.parametrize(
+    ("target", "taken", "result"),
+    [
+        ("__cudnn$convForward", "%x, %k", "bf16[4,5,5,8]"),
+        ("__cudnn$convForwardGraph", "%x, %k", "bf16[4,5,5,8]"),
+        ("__cudnn$convBiasActivationForward", "%x, %k, %y", "bf16[4,5,5,8]"),
+        ("__cudnn$convBackwardInput", "%y, %k", "bf16[4,9,9,3]"),
+        ("__cudnn$convBackwardFilter", "%x, %y", "bf16[8,3,3,3]"),
+    ],
+)
+def test_flops_of_convolutions_by_cudnn(target, taken, result):
+    text = CUDNN.replace("TARGET", target).replace("TAKEN", taken).replace("RESULT", result)
+    # Of ones, each output is the number of its multiply-adds.
+    image, kernel = np.ones((4, 9, 9, 3), np.float32), np.ones((8, 3, 3, 3), np.float32)
+    made = jax.lax.conv_general_dilated(
+        image, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "OHWI", "NHWC")
+    )
+    assert Program(text).flops == 2 * int(made.sum())
+    ((work, _),) = Reader(Program(text)).work()
+    assert work.flops == {"bf16": 2 * int(made.sum())}
+    sizes = {"%x": 4 * 81 * 3, "%k": 8 * 27, "%y": 4 * 25 * 8}
+    taken_bytes = 2 * sum(sizes[name] for name in taken.split(", "))
+    made_bytes = 2 * next(sizes[n] for n in sizes if f"{n} = {result}" in text)
+    assert work.num_bytes == taken_bytes + made_bytes  # its workspace is not touched
+
+
+def test_other_calls_of_cudnn_multiply_nothing_that_is_known():
+    text = (
+        CUDNN.replace("TARGET", "__cudnn$norm").replace("TAKEN", "%x").replace("RESULT", "f32[4]")
+    )
+    assert Program(text).flops == 0

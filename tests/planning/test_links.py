@@ -60,14 +60,21 @@ ROWS_OF_16 = [range(16 * i, 16 * i + 16) for i in range(16)]
         ((16, 16), ROWS_OF_16, 2),  # a ring
         ((16, 16), [range(256)], 4),
         ((16, 16), [range(16 * i, 16 * i + 8) for i in range(16)], 1),  # half of a ring
+        # Two groups to a line, each member two links from the next.
+        ((8, 8), [range(8 * i + j, 8 * i + 8, 2) for i in range(8) for j in range(2)], 1 / 2),
+        ((16, 16), [range(16 * i, 16 * i + 16, 4) for i in range(16)], 2 / 4),  # round a ring
+        ((16, 16), [(16 * i, 16 * i + 15) for i in range(16)], 1),  # neighbors on a ring
+        ((4, 4), [(0, 1, 2, 3, 8, 9, 10, 11)], 1 + 1 / 2),  # rows 0 and 2
     ],
 )
 def test_a_gather_uses_the_links_of_the_dims_that_it_spans(sides, groups, num_links):
     network = Network(devices=slice_of(*sides), chip=chip_named("TPU v5e"))
     route = network.route(collective(groups))
     size = len(groups[0])
-    assert route.link == "ICI"
-    assert route.seconds == pytest.approx(16 * MB * (size - 1) / size / (num_links * LINK))
+    (stage,) = route.stages
+    assert stage.link == "ICI"
+    assert stage.num_bytes == 16 * MB * (size - 1) / size
+    assert stage.seconds == pytest.approx(stage.num_bytes / (num_links * LINK))
 
 
 def test_times_are_of_one_run_and_an_all_reduce_sends_twice():
@@ -85,10 +92,11 @@ def test_a_ring_of_permutations_uses_one_link():
     pairs = [(i, i - i % 16 + (i + 1) % 16) for i in range(256)]
     route = network.route(collective(pairs, kind="collective-permute"))
     assert route.seconds == pytest.approx(16 * MB / LINK)
-    assert route.hops == 1
+    assert [stage.hops for stage in route.stages] == [1]
     line = Network(devices=slice_of(8, 8), chip=chip_named("TPU v5e"))
     pairs = [(i, i - i % 8 + (i + 1) % 8) for i in range(64)]
-    assert line.route(collective(pairs, kind="collective-permute")).hops == 7  # back to the start
+    (stage,) = line.route(collective(pairs, kind="collective-permute")).stages
+    assert stage.hops == 7  # back to the start
 
 
 def test_devices_of_a_chip_share_its_links():
@@ -117,10 +125,32 @@ def test_across_slices_a_chip_sends_its_share_of_what_its_slice_has():
     chip = chip_named("TPU v5e")
     network = Network(devices=slice_of(4, 4, num_slices=2), chip=chip)
     route = network.route(collective([range(32)], num_bytes=320 * MB, kind="all-reduce"))
-    inside = 2 * 320 * MB * 15 / 16 / (2 * LINK)
-    across = 2 * 320 * MB / 16 * 1 / 2 / chip.network_bandwidth
-    assert route.seconds == pytest.approx(inside + across)
-    assert route.link == ("DCN" if across > inside else "ICI")
+    inside, across = route.stages
+    assert inside.link == "ICI"
+    assert inside.num_bytes == pytest.approx(2 * 320 * MB * 15 / 16)
+    assert inside.seconds == pytest.approx(inside.num_bytes / (2 * LINK))
+    assert across.link == "DCN"
+    assert across.num_bytes == pytest.approx(2 * 320 * MB / 16 / 2)
+    assert across.seconds == pytest.approx(across.num_bytes / chip.network_bandwidth)
+    assert route.seconds == pytest.approx(inside.seconds + across.seconds)
+
+
+def test_an_exchange_across_slices_sends_by_where_it_goes():
+    network = Network(devices=slice_of(4, 4, num_slices=2), chip=chip_named("TPU v5e"))
+    route = network.route(collective([range(32)], num_bytes=32 * MB, kind="all-to-all"))
+    assert [stage.num_bytes for stage in route.stages] == pytest.approx([15 * MB, 16 * MB])
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "kind", "hops"),
+    [(2, "all-reduce", 1), (32, "all-reduce", 5), (33, "all-gather", 6), (32, "all-to-all", 1)],
+)
+def test_across_nodes_latency_grows_with_a_tree(num_nodes, kind, hops):
+    devices = [Place(process_index=i // 8) for i in range(8 * num_nodes)]
+    network = Network(devices=devices, chip=chip_named("H100 SXM"))
+    inside, across = network.route(collective([range(8 * num_nodes)], kind=kind)).stages
+    assert (inside.link, inside.hops) == ("NVLink", 1)
+    assert (across.link, across.hops) == ("DCN", hops)
 
 
 @pytest.mark.parametrize(
@@ -133,21 +163,21 @@ def test_across_slices_a_chip_sends_its_share_of_what_its_slice_has():
 )
 def test_gpus_have_nvlink_in_a_node_and_a_network_beyond(name, groups, link, seconds):
     devices = [Place(process_index=i // 8) for i in range(16)]
-    route = Network(devices=devices, chip=chip_named(name)).route(collective(groups))
-    assert route.link == link
-    assert route.seconds == pytest.approx(seconds)
+    (stage,) = Network(devices=devices, chip=chip_named(name)).route(collective(groups)).stages
+    assert stage.link == link
+    assert stage.seconds == pytest.approx(seconds)
 
 
 def test_cpus_copy_through_memory():
     network = Network(devices=[Place()] * 2, chip=None, copy_bandwidth=10e9)
-    route = network.route(collective([(0, 1)]))
-    assert (route.link, route.seconds) == ("memory", pytest.approx(16 * MB / 2 / 10e9))
+    (stage,) = network.route(collective([(0, 1)])).stages
+    assert (stage.link, stage.seconds) == ("memory", pytest.approx(16 * MB / 2 / 10e9))
 
 
 def test_nobody_waits_for_what_nobody_sends():
     network = Network(devices=slice_of(4, 4), chip=chip_named("TPU v5e"))
     for nothing in (collective([(0,), (1,)]), collective([], kind="collective-permute")):
-        assert network.route(nothing).seconds == 0
+        assert network.route(nothing).stages == ()
 
 
 def test_every_chip_has_a_route():

@@ -128,6 +128,16 @@ def swept():
     return run_sweep(config, TOPOLOGY, ("mesh", "microbatches", "remat"), trials, estimate_of)
 
 
+def test_what_goes_to_the_host_has_a_row_and_bounds_a_step():
+    plan = fitting(host_bytes=16 * 10**9, host_seconds=0.5, bound_by="host")
+    lines = text(plan, width=100).splitlines()
+    assert "  to and from the host        16 GB: 500 ms" in lines
+    assert any(line.endswith("bound by transfers to and from the host") for line in lines)
+    figures = to_json(plan)["shown"]["estimate"]
+    assert (figures["host_bytes"], figures["host_seconds"]) == (16 * 10**9, 0.5)
+    assert "the host" not in text(fitting(), width=100)
+
+
 def test_a_plan_that_fits_tells_memory_time_and_cost():
     plan = fitting(
         cost=Range(1728.0, 1920.0, 2304.0),
@@ -141,8 +151,8 @@ def test_a_plan_that_fits_tells_memory_time_and_cost():
         "  batch                       512: 32 pairs a device",
         "  parameters                      10 MiB   20%",
         "  all, at the peak                50 MiB of 100 MiB: 50%",
-        # 1,024 of 16 x 512 / 16 that training needs of each device.
-        "  FLOPs                       1.02 k a device: 2.000 x those that training needs",
+        # 1,024 of 16 x 512 / 16 that are counted for each device.
+        "  FLOPs                       1.02 k a device: 2.000 x the analytic count (3 x forward)",
         "  step time                   100 ms (90 to 120), bound by compute",
         "  MFU                         50.0% (40.0% to 55.0%)",
         "  all-gather  fsdp   ICI      24  500 MB  10.000     50%",

@@ -24,6 +24,7 @@ from clip_jax.planning.topology import (
         ("v4:2x2x2", "v4:2x2x2", "tpu", "v4", (2, 2, 2), 1),
         ("v5e:4x4*2", "v5e:4x4*2", "tpu", "v5e", (4, 4), 2),
         ("v5e:4x4*1", "v5e:4x4", "tpu", "v5e", (4, 4), 1),
+        ("v5p:16x20x28", "v5p:16x20x28", "tpu", "v5p", (16, 20, 28), 1),
         ("V6E:16x16", "v6e:16x16", "tpu", "v6e", (16, 16), 1),
         ("tpu7x:2x2x1", "7x:2x2x1", "tpu", "7x", (2, 2, 1), 1),
         ("v7x:2x2x2", "7x:2x2x2", "tpu", "7x", (2, 2, 2), 1),
@@ -55,6 +56,13 @@ def test_every_spelling(text, name, platform, kind, shape, num_slices):
         ("v5p:3x3x3", "the first two sides of a slice are even"),
         ("v5p:4x4", "a slice of v5p has 3 sides"),
         ("v5e:0x4", "has 0 chips; at least one"),
+        (
+            "v5e:32x32",
+            r"a slice of v5e has at most 16 chips along a side, and 'v5e:32x32' has 32; "
+            r"v5e:16x16\*4 is 4 slices",
+        ),
+        ("v6e:8x17*2", r"at most 16 chips .* has 17; v6e:8x16\*4 is 4 slices"),
+        ("v4:4x4x28", r"at most 24 chips .* v4:4x4x24\*2 is 2 slices"),
         ("h100x8*0", "has 0 chips"),
         ("cpu:99999999", "has 99,999,999 chips; at least one, at most 16,384"),
     ],
