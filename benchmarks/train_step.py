@@ -64,7 +64,7 @@ GROUP_SIZE = 64
 LEARNING_RATE, BETAS, EPSILON, WEIGHT_DECAY = 1e-4, (0.9, 0.98), 1e-6, 0.2
 # Images in a batch of one device, where no --batch is given.
 GPU_BATCH = {"ViT-B-32": 2048, "ViT-B-16": 512, "ViT-L-14": 192}
-CPU_BATCH = {"ViT-B-32": 32, "ViT-B-16": 8}
+CPU_BATCH = {"ViT-B-32": 16, "ViT-B-16": 8}
 
 PREALLOCATE = "XLA_PYTHON_CLIENT_PREALLOCATE"
 ANSWER = "@ "  # begins a child's line that is for its parent
