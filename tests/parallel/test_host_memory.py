@@ -2,6 +2,7 @@
 
 import os
 import platform
+import statistics
 import subprocess
 import sys
 
@@ -18,18 +19,20 @@ keeps = sys.argv[1] == "kept"
 assert use_one_arena() is keeps
 step = jax.jit(lambda x: (jnp.sin(x) @ jnp.cos(x)).sum())
 x = jnp.ones((2048, 2048))
-for i in range(6):
+counts = []
+for i in range(12):
     if i == 1:
         assert keep_freed_memory() is keeps
-    if i == 3:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     step(x).block_until_ready()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(*counts)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an allocator of another kind")
 def test_steps_after_the_first_ones_have_no_page_faults():
+    """The heap grows for a few steps, sometimes for one more later on."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     faults = {}
     for name, changes in {"kept": {}, "as it is": {"MALLOC_TOP_PAD_": "131072"}}.items():
@@ -40,10 +43,9 @@ def test_steps_after_the_first_ones_have_no_page_faults():
             text=True,
             check=True,
         )
-        faults[name] = int(done.stdout)
-    pages_of_a_step = 2048 * 2048 * 4 // 4096
-    assert faults["as it is"] > 3 * pages_of_a_step
-    assert faults["kept"] < pages_of_a_step / 10
+        faults[name] = statistics.median(map(int, done.stdout.split()))
+    assert faults["as it is"] > 2048 * 2048 * 4 // 4096
+    assert faults["kept"] < faults["as it is"] / 10
 
 
 @pytest.mark.parametrize(
