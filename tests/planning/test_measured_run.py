@@ -118,7 +118,9 @@ def test_a_run_of_another_step_is_not_compared(tmp_path, config, message):
 
 def test_rates_and_the_mesh_as_it_is_spelled_change_no_speed(tmp_path):
     config = changed(mesh=(-1, 1, 1), optimizer=OptimizerConfig(learning_rate=1e-5), name="other")
-    compared(write_run(tmp_path / "run", LINES, config))
+    same = compared(write_run(tmp_path / "same", LINES))
+    other = compared(write_run(tmp_path / "other", LINES, config))
+    assert other.error == same.error
 
 
 @pytest.mark.parametrize(
