@@ -20,14 +20,15 @@ from clip_jax.models import Execution
 from clip_jax.parallel import make_mesh
 from clip_jax.planning.attention import recomputed_scores, unfused_arrays
 from clip_jax.planning.calibration import Calibration, num_cores
+from clip_jax.planning.estimate_assumptions import assumptions
 from clip_jax.planning.estimate_schedule import Schedule, Timed
 from clip_jax.planning.estimate_speeds import (
     CALIBRATED_RANGE,
     EXPECTED,
     GUESSED_RANGE,
+    HOST_BANDWIDTH,
     PEAK,
     SLOW,
-    SOURCES,
     Shares,
     Speeds,
     calibrated_speeds,
@@ -36,7 +37,6 @@ from clip_jax.planning.estimate_speeds import (
     guessed_speeds,
 )
 from clip_jax.planning.hlo import Collective
-from clip_jax.planning.known_errors import known_error
 from clip_jax.planning.links import Network, Stage
 from clip_jax.planning.measured_run import Measured, compare
 from clip_jax.planning.traffic import Reader
@@ -45,8 +45,6 @@ from clip_jax.training.throughput import Throughput
 if TYPE_CHECKING:
     from clip_jax.planning.compiling import CompiledStep
     from clip_jax.planning.topology import Topology
-
-_HOST_BANDWIDTH = 32e9  # PCIe 4.0 x16 of a device to its host's memory, one direction
 
 
 class _Totals(NamedTuple):
@@ -146,7 +144,7 @@ def estimate(
         memory_bytes=totals.num_bytes,
         memory_seconds=timed.memory_seconds,
         host_bytes=host_bytes,
-        host_seconds=host_bytes / _HOST_BANDWIDTH,
+        host_seconds=host_bytes / HOST_BANDWIDTH,
         chip_seconds=timed.chip_seconds,
         traffic=timed.traffic(),
         communication_seconds=sum(each.seconds for each in timed.at_peak.collectives),
@@ -158,7 +156,13 @@ def estimate(
         days=days,
         chip_hours=hours,
         cost=None if price is None else Range(*(price * each for each in hours)),
-        assumptions=timed.assumptions(fused=fused is not None, host_bytes=host_bytes),
+        assumptions=assumptions(
+            topology.platform,
+            calibration,
+            sends=any(each.collective.sent_bytes for each in timed.at_peak.collectives),
+            fused=fused is not None,
+            to_host=host_bytes > 0,
+        ),
         measured=None
         if measured is None
         else compare(
@@ -214,7 +218,7 @@ class _Times:
         self.seconds = Range(low, max(low, expected), max(low, expected, high))
 
     def _host_seconds(self, shares: Shares) -> float:
-        return self._totals.host_bytes / (_HOST_BANDWIDTH * shares.host)
+        return self._totals.host_bytes / (HOST_BANDWIDTH * shares.host)
 
     def _scores_seconds(self, shares: Shares) -> float:
         return self._totals.recomputed_scores / self._speeds(shares).flops["bf16"]
@@ -310,54 +314,6 @@ class _Times:
         if host_seconds > computing + own.moving + own.launching:  # all of which it hides
             spent |= {"compute": 0.0, "memory": 0.0, "overhead": waiting, "host": host_seconds}
         return max(spent, key=lambda name: spent[name])
-
-    def assumptions(self, *, fused: bool, host_bytes: int) -> tuple[str, ...]:
-        """A line each."""
-        platform, calibration = self._topology.platform, self._calibration
-        lines = ["each instruction takes the longer of its products and its memory traffic"]
-        if platform == "cpu":
-            lines += [
-                "simulated devices share the cores and the memory of this machine",
-                f"measured on this machine: {calibration.describe()}"
-                if calibration is not None
-                else "not calibrated: 40 GFLOP/s a core and 10 GB/s are guesses, a factor of "
-                f"{GUESSED_RANGE:g} either way; --calibrate measures this machine",
-            ]
-            if calibration is not None:
-                lines.append(known_error(platform))
-            return tuple(lines)
-        if calibration is not None:
-            lines.append(f"expected: as measured on one device: {calibration.describe()}")
-        lines += [
-            SOURCES[platform],
-            "at best everything runs at the data sheet's figures and at once: products, memory, "
-            "links; expected, what is asynchronous hides behind the work between its start and "
-            "its end; at worst nothing hides",
-        ]
-        if any(each.collective.sent_bytes for each in self.at_peak.collectives):
-            lines.append(
-                "collectives along a dim of a TPU's torus use both of its links where it is a "
-                "ring, else one"
-                if platform == "tpu"
-                else "collectives in a node use all NVLinks of a GPU; between nodes each GPU has "
-                "its own adapter"
-            )
-        if fused:
-            lines.append(
-                "compiled with XLA's attention: arrays of scores and copies of q, k and v are left "
-                "out of memory and traffic, as cuDNN makes none; its backward pass computes the "
-                "scores once more, which is in the FLOPs; kernels are not autotuned"
-            )
-        if host_bytes:
-            rates = (PEAK.host, EXPECTED[platform].host, SLOW[platform].host)
-            best, expected, worst = (_HOST_BANDWIDTH / 1e9 * share for share in rates)
-            lines.append(
-                f"activations that lie on the host go there and back at {best:g} GB/s a chip at "
-                f"best, {expected:g} expected, {worst:g} at worst, as chips of a host share its "
-                "links; others compute meanwhile"
-            )
-        lines += ["input, checkpoints and evaluation are left out", known_error(platform)]
-        return tuple(lines)
 
 
 def _latency(stage: Stage, shares: Shares) -> float:

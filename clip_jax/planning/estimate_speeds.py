@@ -103,6 +103,7 @@ SOURCES = {
 }
 # Of a core, where nothing was measured: AVX2 at 2.5 GHz, and a share of two channels of DDR4.
 _CORE_FLOPS, _MEMORY = 40e9, 10e9
+HOST_BANDWIDTH = 32e9  # PCIe 4.0 x16 of a device to its host's memory, one direction
 # A calibrated estimate is to be within 25% (the goal of benchmarks/plan_accuracy.py).
 CALIBRATED_RANGE, GUESSED_RANGE = 1.25, 3.0
 
