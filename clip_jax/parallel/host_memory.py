@@ -2,9 +2,9 @@
 
 glibc hands large arrays back to the system when they are freed, and a step gets gigabytes anew,
 zeroed, a page fault per 4 KiB: of ViT-B/32 with 16 pairs 620,000 a step, a sixth of its time.
-Kept, there are hardly any. But pieces of what is kept may be in use when the next step comes: it can take
-as much memory a second time, so it is only kept where there is so much. Where accelerators compute,
-and where $MALLOC_* say what to do, nothing is changed.
+Kept, there are hardly any. But pieces of what is kept may be in use when the next step comes: it
+can take as much memory a second time, so it is only kept where there is so much. Where accelerators
+compute, and where $MALLOC_* say what to do, nothing is changed.
 """
 
 import ctypes
