@@ -8,15 +8,23 @@ minutes and is kept in the cache folder, so the second run of an unchanged step 
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
 
 import pytest
-from recipes import RECIPES, ROOT, make_starts
+from recipes import RECIPES, ROOT, load_recipe, make_starts
+
+from clip_jax.config import check_devices
+from clip_jax.parallel.chips import CHIPS
+from clip_jax.planning.assumed import assume
+from clip_jax.planning.findings_shapes import Shapes, shape_findings
+from clip_jax.planning.topology import parse_topology
 
 PLANS = json.loads((ROOT / "configs" / "plans.json").read_text())
 COMPILERS = {"tpu": "libtpu", "gpu": "jax_plugins"}
+BY_SHAPES = ("narrow-", "padded-", "few-", "loss-tile")  # codes of `shape_findings`
 CASES = [
     pytest.param(recipe, platform, id=f"{recipe}-{platform}")
     for recipe in RECIPES
@@ -48,6 +56,28 @@ def plan(recipe, topology, overrides, folder):
 def test_every_recipe_has_a_plan_for_both():
     assert set(PLANS) == set(RECIPES)
     assert all(set(plans) == set(COMPILERS) for plans in PLANS.values())
+
+
+def chip_of(kind):
+    """The data sheet of a topology's chips: `v5p`, `h100`."""
+    names = (f"TPU {kind}", kind.upper())
+    return next(chip for chip in CHIPS if chip.name.split(" SXM")[0] in names)
+
+
+@pytest.mark.parametrize(("recipe", "platform"), CASES)
+def test_what_stands_out_by_shapes_is_listed(recipe, platform, tmp_path, monkeypatch):
+    """The part of the test below that needs no compiler."""
+    monkeypatch.chdir(tmp_path)
+    make_starts(tmp_path)
+    wanted = PLANS[recipe][platform]
+    topology = parse_topology(wanted["topology"])
+    chip = chip_of(topology.kind)
+    num_devices = math.prod(topology.shape) * topology.num_slices * chip.num_devices
+    config, _ = assume(load_recipe(recipe, *wanted["overrides"]), num_devices)
+    data, fsdp, _ = check_devices(config, num_devices)
+    rows = config.global_batch_size // (data * fsdp)
+    found = {code for code, _ in shape_findings(Shapes(config, platform, chip, rows))}
+    assert found == {code for code in wanted["accepted"] if code.startswith(BY_SHAPES)}
 
 
 @pytest.mark.aot
