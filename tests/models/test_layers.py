@@ -175,6 +175,30 @@ def test_unrolled_and_rematerialised_layers_equal_the_scan():
             np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("argument", ["blocks and tokens", "tokens"])
+def test_gradients_of_unrolled_layers_come_layer_by_layer(remat, argument):
+    """One barrier to a layer holds its gradients together, and costs no product more."""
+    blocks = stacked_blocks(CONFIG, Execution(), is_causal=False, rngs=nnx.Rngs(0))
+    argnums = (0, 1) if argument == "blocks and tokens" else 1
+
+    def compiled(unroll):
+        execution = Execution(unroll_layers=unroll, remat=remat)
+
+        def loss(blocks, x):
+            return run_blocks(blocks, x, depth=CONFIG.depth, execution=execution).sum()
+
+        x = tokens(2, 5, CONFIG.width)
+        lowered = jax.jit(jax.grad(loss, argnums)).lower(blocks, x)
+        barriers = lowered.as_text().count("stablehlo.optimization_barrier")
+        return barriers, lowered.compile().as_text().count(" dot(")
+
+    (barriers, products), (others, of_scan) = compiled(unroll=True), compiled(unroll=False)
+    assert barriers == 1 + (remat == "full")  # in a function that is called for each layer
+    assert others == 0
+    assert products <= CONFIG.depth * of_scan
+
+
 def test_how_to_execute_follows_backend_and_config():
     assert not Execution.for_backend("tpu").unroll_layers
     assert Execution.for_backend("gpu").unroll_layers  # the scan copies its carry there
