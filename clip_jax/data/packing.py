@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from itertools import chain, cycle, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +31,10 @@ _NUM_RESAMPLES = 8
 _NUM_DRAWN = 2**17  # captions of each: 13 of them are cut where 1e-4 are
 _NUM_READERS = 32  # threads: a read from a bucket takes 50 ms
 _NUM_STREAM_READERS = 16
-_WINDOW_BYTES = 2**24  # of encoded images that one of them holds
+# Of encoded images. A stream's samples are read so many at a time, and their images dropped: those
+# of 16 threads are 32 MiB. Photographs of 30 kB stay far below the second, of the mean.
+_BLOCK_SAMPLES, _BLOCK_BYTES = 64, 2**21
+_MOST_BYTES_A_CAPTION = 2**18
 
 
 class Layout(NamedTuple):
@@ -268,48 +271,73 @@ def measure_streamed_lengths(
 ) -> NDArray[np.int32]:
     """As `measure_lengths`, of sources that stream: from the tars that each stream reads first.
 
-    Reads whole samples, as many as hold `num_captions` captions and at most 16 MiB of images from
-    each stream: 0.5 GB of photographs of 30 kB. Raises UserError where there are fewer tars than
-    streams, and as `SampleStream` does.
+    Reads whole samples and drops their images: 0.5 GB for 16,384 photographs of 30 kB, and at most
+    256 KiB of images for each caption that is asked for (4 GiB for as many), but for the last 2 MiB
+    and one sample of each stream. Where that limit or its tars end before a source's share of the
+    mixture, it gives the samples that were read several times; where all sources are small, eight
+    captions each.
+    Raises UserError where there are fewer tars than streams, and as `SampleStream` does.
     """
     total = sum(source.weight for source in config.sources.values())
     streams = config.stream.num_streams
-    jobs: list[tuple[SourceConfig, SampleStream]] = []
-    for name, source in config.sources.items():
-        opened = StreamedSource(
+    shares = {name: num_captions * source.weight / total for name, source in config.sources.items()}
+
+    def read(job: tuple[StreamedSource, int]) -> list[Record]:
+        source, stream = job
+        return _first_records(
+            source, stream, math.ceil(shares[source.name] / streams), config, seed
+        )
+
+    opened = [
+        StreamedSource(
             name=name,
             tars=tuple(expand_tars(source.path)),
             caption_keys=source.caption_keys,
             caption_weights=source.caption_weights,
         )
-        window = math.ceil(num_captions * source.weight / total / streams)
-        stream = dataclasses.replace(config.stream, window=window)
-        retries = config.read_retries
-        jobs += [
-            (
-                source,
-                SampleStream(
-                    opened, i, config=stream, seed=seed, retries=retries, window_bytes=_WINDOW_BYTES
-                ),
-            )
-            for i in range(streams)
-        ]
-
-    def read(source: SourceConfig, stream: SampleStream) -> list[Record]:
-        try:
-            return [sample.record._replace(image=b"") for sample in stream.read_block().samples]
-        finally:
-            stream.close()
-
+        for name, source in config.sources.items()
+    ]
+    jobs = [(source, stream) for source in opened for stream in range(streams)]
     with ThreadPoolExecutor(_NUM_STREAM_READERS) as readers:
-        found = list(readers.map(lambda job: read(*job), jobs))
+        found = list(readers.map(read, jobs))
+    records: dict[str, list[Record]] = {name: [] for name in config.sources}
+    for (source, _), some in zip(jobs, found, strict=True):
+        records[source.name] += some
+    scale = min(1.0, 8 * sum(map(len, records.values())) / num_captions)
     rng = np.random.default_rng(seed)
     captions = [
-        record.captions[choose_caption(source, record, rng)]
-        for (source, _), records in zip(jobs, found, strict=True)
-        for record in records
+        record.captions[choose_caption(config.sources[name], record, rng)]
+        for name, some in records.items()
+        for record in islice(cycle(some), round(scale * shares[name]))
     ]
     return _lengths(captions, num_captions, config, tokenizer, context_length)
+
+
+def _first_records(
+    source: StreamedSource, stream: int, count: int, config: DataConfig, seed: int
+) -> list[Record]:
+    """So many samples of a stream without their images; fewer where its tars or bytes end."""
+    window = dataclasses.replace(config.stream, window=min(count, _BLOCK_SAMPLES))
+    reader = SampleStream(
+        source,
+        stream,
+        config=window,
+        seed=seed,
+        retries=config.read_retries,
+        window_bytes=_BLOCK_BYTES,
+    )
+    records: list[Record] = []
+    num_bytes = 0
+    try:
+        while len(records) < count and num_bytes < count * _MOST_BYTES_A_CAPTION:
+            block = reader.read_block()
+            num_bytes += sum(sample.num_bytes for sample in block.samples)
+            records += [sample.record._replace(image=b"") for sample in block.samples]
+            if reader.epoch:  # the tars would come again
+                break
+    finally:
+        reader.close()
+    return records[:count]
 
 
 def _lengths(

@@ -201,6 +201,11 @@ class SampleStream:
         head = [self._fingerprint, self._epoch, self._block, self._used, self._next, self._turn]
         return np.array([*head, *slots], np.int64)
 
+    @property
+    def epoch(self) -> int:
+        """Passes over the stream's tars that are complete."""
+        return self._epoch
+
     def close(self) -> None:
         for slot in self._slots:
             slot.close()

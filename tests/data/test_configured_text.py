@@ -113,7 +113,7 @@ def test_packing_is_chosen_where_sources_stream(sources, tmp_path):
     lengths = measure_streamed_lengths(data, tokenizer, context_length=12, num_captions=30)
     assert len(lengths) == 30  # ten of each stream
     whole = measure_streamed_lengths(data, tokenizer, context_length=12)
-    captions = [f"caption {number}" for number in range(60)]
+    captions = 8 * [f"caption {number}" for number in range(60)]
     assert sorted(whole) == sorted(len(ids) for ids in tokenizer.encode(captions, 12))
     assert choose_packing(streams, {}, tokenizer) == PackingConfig(group_size=32, rows=16)
 

@@ -4,16 +4,18 @@ import dataclasses
 
 import numpy as np
 import pytest
+from data.tars import write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clip_jax.config import DataConfig, SourceConfig, UserError
+from clip_jax.config import DataConfig, SourceConfig, StreamConfig, UserError
 from clip_jax.data.packing import (
     SHORTEST,
     choose_rows,
     fewest_rows,
     lay_out,
     measure_lengths,
+    measure_streamed_lengths,
     pack_captions,
 )
 from clip_jax.data.tokenizers import Tokenizer
@@ -182,6 +184,55 @@ def test_measured_lengths_are_those_of_the_mixture():
     first = dataclasses.replace(config.sources["two"], captions="first", caption_weights=())
     config = dataclasses.replace(config, sources=config.sources | {"two": first})
     assert measure_lengths(config, sources, tokenizer, context_length=5).max() == 4
+
+
+@pytest.fixture
+def streamed(tmp_path):
+    """Makes a source: two tars of samples of so many bytes, the first with so many words, 1, 2, ...
+
+    more up to `others`, and again.
+    """
+
+    def make(name, num_samples, num_bytes, num_words, *, others=1):
+        for tar in range(2):
+            members = []
+            for number in range(num_samples):
+                words = num_words + number % (others + 1)
+                members.append((f"{number:04d}.jpg", bytes(num_bytes)))
+                members.append((f"{number:04d}.txt", b" ".join([b"cat"] * words)))
+            write_tar(tmp_path / name / f"{tar}.tar", members)
+        return SourceConfig(path=f"{tmp_path}/{name}/*.tar", access="stream")
+
+    return make
+
+
+def streamed_lengths(num_captions, **sources):
+    config = DataConfig(sources=sources, stream=StreamConfig(num_streams=2, interleave=1))
+    return measure_streamed_lengths(
+        config, Tokenizer.clip(), context_length=77, num_captions=num_captions
+    )
+
+
+def test_streamed_lengths_are_those_of_the_mixture_whatever_pictures_weigh(streamed):
+    """80 samples of each stream are 19 MB of the one source, read in parts, 80 kB of the other."""
+    large, small = streamed("large", 90, 240_000, 30), streamed("small", 130, 1_000, 3)
+    lengths = streamed_lengths(320, large=large, small=small)
+    assert len(lengths) == 320
+    assert (lengths > 20).sum() == 160
+    assert (lengths == 32).sum() == pytest.approx(80, abs=5)
+    heavier = dataclasses.replace(small, weight=3.0)
+    assert (streamed_lengths(320, large=large, small=heavier) > 20).sum() == 80
+
+
+def test_large_pictures_are_not_all_read_and_small_sources_are_again(streamed):
+    """Of 1 MiB, each stream reads 5 MiB for its 20 captions, to the end of a part: six samples."""
+    large = streamed("large", 12, 2**20, 30, others=11)
+    small, few = streamed("small", 60, 1_000, 3), streamed("few", 4, 1_000, 10, others=3)
+    lengths = streamed_lengths(120, large=large, small=small, few=few)
+    assert set(lengths[lengths >= 30]) == set(range(32, 38))
+    assert [(lengths // 10 == tens).sum() for tens in (3, 0, 1)] == [40, 40, 40]
+    alone = streamed_lengths(120, few=few)
+    np.testing.assert_array_equal(np.unique(alone, return_counts=True), [range(12, 16), [16] * 4])
 
 
 def test_a_mixture_without_captions_is_told():
