@@ -39,7 +39,9 @@ def load(
             f"{path} holds the {weights.parts[0]} tower alone; start a run from it with "
             f"config.start.{weights.parts[0]}"
         )
-    execution = Execution.for_backend(jax.default_backend(), precision=precision)
+    execution = Execution.for_backend(
+        jax.default_backend(), precision=precision, device=jax.local_devices()[0]
+    )
     abstract = jax.eval_shape(
         lambda key: CLIP(weights.model, execution, rngs=nnx.Rngs(key)), jax.random.key(0)
     )

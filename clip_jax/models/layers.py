@@ -84,8 +84,12 @@ class Execution:
         remat: str = "none",
         layers: str = "auto",
         layout: Layout | None = None,
+        device: Any = None,
     ) -> "Execution":
-        """What to use on `backend` ('cpu', 'gpu', 'tpu'). Raises ConfigError on unknown names."""
+        """What to use on `backend` ('cpu', 'gpu', 'tpu'). Raises ConfigError on unknown names.
+
+        device: one of JAX's, whose kernels are asked for; None: of a GPU, those of Ampere or later.
+        """
         if remat not in REMAT_POLICIES:
             raise ConfigError(
                 f"unknown remat policy {remat!r}; there are {', '.join(REMAT_POLICIES)}"
@@ -93,19 +97,25 @@ class Execution:
         if layers not in ("auto", "scan", "unroll"):
             raise ConfigError(f"config.layers is {layers!r}; there are auto, scan, unroll")
         on_gpu = backend in ("gpu", "cuda")
-        low_precision = precision == "bfloat16"
-        # Unrolled, offloading frees nothing: four layers of ViT-B/16, 136 pairs on an H100, take
-        # 3.3 GB with 'dots' and 3.9 with 'offload'; scanned 3.7 and 1.8 (compiled ahead of time).
+        fuses = on_gpu and precision == "bfloat16" and _has_cudnn_attention(device)
+        # Unrolled, offloading frees little: four layers of ViT-B/32's towers, 2,048 pairs on an
+        # H100, need 12.5 GB with 'dots' and 11.7 with 'offload'; scanned 7.2 with 'offload'.
         unrolls = on_gpu and remat != "offload"
         return cls(
             dtype=jnp.dtype(precision),
             remat=remat,  # type: ignore[arg-type]  # checked just above
             unroll_layers=layers == "unroll" or (layers == "auto" and unrolls),
-            attention="cudnn" if on_gpu and low_precision else "xla",
+            attention="cudnn" if fuses else "xla",
             convolve_in_loops=backend != "cpu",
             flat_products=backend == "cpu",
             layout=layout,
         )
+
+
+def _has_cudnn_attention(device: Any) -> bool:
+    """NVIDIA's GPUs have it since Ampere, 8.0. AMD's give an architecture there: 'gfx942'."""
+    major = getattr(device, "compute_capability", "8.0").split(".")[0]
+    return bool(major.isdigit() and int(major) >= 8)
 
 
 def attention(

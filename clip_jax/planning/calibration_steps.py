@@ -37,6 +37,7 @@ class RunningStep:
             precision=config.precision,
             remat=config.remat,
             layers=config.layers,
+            device=devices[0],
         )
         self._task = ContrastiveTask(config, self._mesh, execution=execution)
         ema = config.optimizer.ema_decay

@@ -39,6 +39,7 @@ class ContrastiveTask:
             precision=config.precision,
             remat=config.remat,
             layers=config.layers,
+            device=jax.local_devices()[0],
         )
         self.layout = Layout(mesh)
         if mesh.size > 1 and self.execution.layout is None:

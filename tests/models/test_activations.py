@@ -35,6 +35,8 @@ def test_bfloat16_is_rounded_once(name):
     exact = ACTIVATIONS[name](x.astype(jnp.float32))
     assert value.dtype == derivative.dtype == jnp.bfloat16
     np.testing.assert_array_equal(value, exact.astype(jnp.bfloat16))
+    exact = jax.vmap(jax.grad(ACTIVATIONS[name]))(x.astype(jnp.float32))
+    np.testing.assert_array_equal(derivative, exact.astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

@@ -1,4 +1,5 @@
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -211,6 +212,22 @@ def test_how_to_execute_follows_backend_and_config():
         Execution.for_backend("cpu", remat="some")
     with pytest.raises(ConfigError, match=r"config.layers is 'roll'; there are auto, scan, unroll"):
         Execution.for_backend("cpu", layers="roll")
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [("7.5", "xla"), ("8.0", "cudnn"), ("10.3", "cudnn"), ("gfx942:sramecc+:xnack-", "xla")],
+)
+def test_cudnn_attends_on_gpus_that_have_it(capability, expected):
+    device = types.SimpleNamespace(compute_capability=capability)
+
+    def attention_of(backend, precision="bfloat16", device=device):
+        return Execution.for_backend(backend, precision=precision, device=device).attention
+
+    assert attention_of("gpu") == expected
+    assert attention_of("gpu", device=None) == "cudnn"
+    assert attention_of("gpu", precision="float32") == "xla"
+    assert attention_of("cpu", device=jax.devices()[0]) == "xla"
 
 
 def test_frozen_layers_get_no_gradients_and_keep_nothing():
