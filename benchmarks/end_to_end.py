@@ -1,7 +1,7 @@
 """Training from tars against the same step on data that lies on the device.
 
     python benchmarks/end_to_end.py                # CPU: a ViT-B/32 of two layers, 64 px
-    python benchmarks/end_to_end.py --models ViT-B-32 ViT-B-16 --steps 200    # a GPU
+    python benchmarks/end_to_end.py --models ViT-B-32    # a GPU; a call for each model
     python benchmarks/end_to_end.py --try          # toy sizes, in a minute
 
 `clip-jax train`'s own loop reads tars (photographs of 512 px, quality 95, made here as loader.py
@@ -10,8 +10,9 @@ first batch, for as many steps. Runs and steps alone take turns, --repeats times
 count. The first third of a run's log lines is left out: queues are full then. On a GPU the run
 should reach 95% of the step alone. On a CPU the loader takes cores from the step, so the share
 says how much; what matters there is the last line: how many cores feed a device of a given speed,
-by the loader's own samples a second of a core (benchmarks/results/loader.json).
-Writes benchmarks/results/end_to_end_<device>.json.
+by the loader's own samples a second of a core (benchmarks/results/loader.json). All is of one
+device: of several GPUs the first one is taken. Merged by model into
+benchmarks/results/end_to_end_<device>.json.
 """
 
 import argparse
@@ -23,16 +24,17 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import jax
-from environment import environment
+from environment import environment, merge_into
+from loader import NUM_TARS, write_tars
 from loader import RESULTS as LOADER_RESULTS
-from loader import write_tars
-from train_step import GPU_BATCH
+from train_step import GPU_BATCH, gpu_batch
 
 from clip_jax.checkpoint import Workdir
 from clip_jax.config import (
@@ -47,6 +49,7 @@ from clip_jax.config import (
     preset,
 )
 from clip_jax.parallel import make_mesh, to_global_batch
+from clip_jax.parallel.chips import chip_of
 from clip_jax.parallel.host_memory import use_one_arena
 from clip_jax.tasks import ContrastiveTask
 from clip_jax.training.input import TrainingInput, open_sources
@@ -59,6 +62,7 @@ from clip_jax.training.vocabulary import prepare_tokenizer
 
 RESULTS = Path(__file__).parent / "results"
 NUM_PHOTOS, TOY_PHOTOS, SIDE = 2000, 200, 512
+SMALL_BATCH = 32
 LINES = 12  # of a run's log
 GOAL = 0.95
 
@@ -97,6 +101,7 @@ def from_tars(config: ExperimentConfig, workdir: Workdir) -> dict[str, float]:
 def resident(config: ExperimentConfig, workdir: Workdir) -> Any:
     """The step of the run in `workdir` on its first batch: seconds of so many steps."""
     mesh = make_mesh(config)
+    assert mesh.size == 1
     sources = open_sources(config, Path(str(config.data.cache_dir)))
     tokenizer = prepare_tokenizer(config, sources, workdir)
     with contextlib.closing(
@@ -159,6 +164,11 @@ def samples_per_core() -> float | None:
     return 1000 / float(speed["ours, 1 thread"]["cpu_ms_per_sample"])
 
 
+def num_photos(least: int, batches: Iterable[int]) -> int:
+    """In tars of equal size: two of the largest batch, as a run must have one at least."""
+    return -(-max(least, 2 * max(batches)) // NUM_TARS) * NUM_TARS
+
+
 def make_model(name: str, *, on_cpu: bool) -> ModelConfig:
     model = preset(name)
     if not on_cpu:
@@ -178,27 +188,41 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workers", type=int, help="processes of the loader")
     parser.add_argument("--threads", type=int, default=2, help="of each")
+    parser.add_argument("--output", type=Path, help="JSON, merged with what is there")
     parser.add_argument("--try", dest="toy", action="store_true", help="one run of a few steps")
     arguments = parser.parse_args()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.partition(",")[0]
     use_one_arena()  # as `clip-jax train` does
     on_cpu = jax.default_backend() == "cpu"
+    if jax.device_count() > 1:
+        raise SystemExit(
+            f"JAX has {jax.device_count()} devices; leave it one, by TPU_VISIBLE_CHIPS=0 say"
+        )
     cores = len(os.sched_getaffinity(0))
     workers = arguments.workers
     if workers is None:
         workers = 0 if cores <= 4 else cores // 2 - 1  # two threads each; one pair for the loop
-    steps = arguments.steps or (6 if arguments.toy else 60 if on_cpu else 200)
+    steps = arguments.steps or (6 if arguments.toy else 60 if on_cpu else 100)
     repeats = 1 if arguments.toy else arguments.repeats
-    result: dict[str, Any] = {"environment": environment(), "models": {}}
+    chip, small = chip_of(jax.devices()[0]), on_cpu or arguments.toy
+    memory = None if chip is None else chip.memory_bytes
+    batches = {
+        name: arguments.batch or (SMALL_BATCH if small else gpu_batch(name, memory))
+        for name in arguments.models
+    }
+    output = arguments.output
+    if output is None and not arguments.toy:
+        kind = jax.devices()[0].device_kind.replace(" ", "_").lower()
+        output = RESULTS / f"end_to_end_{kind}.json"
     with tempfile.TemporaryDirectory() as folder:
         jax.config.update("jax_compilation_cache_dir", f"{folder}/compiled")
-        write_tars(Path(folder), TOY_PHOTOS if arguments.toy else NUM_PHOTOS, SIDE)
-        for name in arguments.models:
-            small = on_cpu or arguments.toy
-            batch = arguments.batch or (32 if small else GPU_BATCH[name])
+        photos = num_photos(TOY_PHOTOS if arguments.toy else NUM_PHOTOS, batches.values())
+        write_tars(Path(folder), photos, SIDE)
+        for name, batch in batches.items():
             model = make_model(name, on_cpu=small)
             config = make_config(model, batch, steps, Path(folder), workers, arguments.threads)
             found = measure(config, repeats, Path(folder) / name)
-            result["models"][name] = found
             print(
                 f"{name}, batch {batch}, {config.precision}: {found['samples_per_second']:,.0f} "
                 f"samples/s from tars, {found['step_alone_samples_per_second']:,.0f} alone: "
@@ -212,10 +236,8 @@ def main() -> None:
                     f"  {found['cores_that_feed_it']:.2f} cores feed it, at {per_core:,.0f} "
                     "samples/s of a core"
                 )
-    kind = jax.devices()[0].device_kind.replace(" ", "_").lower()
-    if not arguments.toy:
-        path = RESULTS / f"end_to_end_{kind}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
+            if output is not None:
+                merge_into(output, "models", name, {"environment": environment(), **found})
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""What a benchmark ran on, for its printed head and its JSON."""
+"""What a benchmark ran on, for its printed head and its JSON, and how it adds to one."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "open_clip_torch", "transformers")
 
@@ -25,6 +27,12 @@ def environment() -> dict[str, object]:
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
         "commit": _commit(),
     }
+
+
+def merge_into(path: Path, key: str, name: str, found: dict[str, Any]) -> None:
+    """Writes `found` as {key: {name: found}}, beside what other calls have written there."""
+    written = json.loads(path.read_text()).get(key, {}) if path.exists() else {}
+    path.write_text(json.dumps({key: written | {name: found}}, indent=1) + "\n")
 
 
 def _processor() -> str:

@@ -1,6 +1,6 @@
 """The tables of docs/performance.md, between its marks, out of benchmarks/results.
 
-python benchmarks/performance_page.py    # after roofline.py, token_reduction.py, end_to_end.py
+python benchmarks/performance_page.py    # after the benchmarks that write there
 """
 
 import json
@@ -108,6 +108,34 @@ def profile(found: Found) -> str:
 # ---- The other benchmarks --------------------------------------------------------------------
 
 
+def steps(found: Found) -> str:
+    """A table for each model."""
+    made = []
+    for name, model in found["models"].items():
+        layers = f" of {' and '.join(map(str, model['layers']))} layers" if model["layers"] else ""
+        rows = [(contender, *_step(row)) for contender, row in model["contenders"].items()]
+        head = "", "samples/s", "of open_clip's eager step", "of its compiled step"
+        what = f"{name}{layers}, batch {model['batch']}, {model['precision']}, {_machine(model)}"
+        ceiling = f"{what}; the ceiling is {model['ceiling_tflops']:.2f} TFLOP/s"
+        made.append(f"{ceiling}:\n\n{table((*head, 'of the ceiling', 'peak GB'), *rows)}")
+    return "\n\n".join(made)
+
+
+def _step(row: Found) -> tuple[str, str, str, str, str]:
+    if "failed" in row:
+        return row["failed"], "", "", "", ""
+    eager = compiled = ceiling = ""
+    if "ratio_to_eager" in row:
+        least, most = row["ratio_range"]
+        eager = f"{row['ratio_to_eager']:.2f}x ({least:.2f} to {most:.2f})"
+    if "ratio_to_compiled" in row:
+        compiled = f"{row['ratio_to_compiled']:.2f}x"
+    if "of_ceiling" in row:
+        ceiling = f"{row['of_ceiling']:.0%}"
+    rate, memory = f"{row['samples_per_second']:,.2f}", f"{row['peak_bytes'] / 1e9:.1f}"
+    return rate, eager, compiled, ceiling, memory
+
+
 def tokens(found: Found) -> str:
     """A table for each model."""
     made = []
@@ -127,29 +155,30 @@ def tokens(found: Found) -> str:
         ]
         head = "", "image tokens", "samples/s", "GFLOPs a sample", "speedup", "FLOPs saved"
         what = f"{name} of {layers} layers, batch {model['batch']}, {model['precision']}"
-        made.append(f"{what}, {_machine(found)}:\n\n{table((*head, 'of the saving'), *rows)}")
+        made.append(f"{what}, {_machine(model)}:\n\n{table((*head, 'of the saving'), *rows)}")
     return "\n\n".join(made)
 
 
 def tars(found: Found) -> str:
     rows = [
         (
-            f"{name}, {row['image_size']} px, {' and '.join(map(str, row['layers']))} layers",
+            f"{name}, {row['image_size']} px, {' and '.join(map(str, row['layers']))} layers, "
+            f"{_machine(row)}",
             str(row["batch"]),
             f"{row['samples_per_second']:,.0f}",
             f"{row['step_alone_samples_per_second']:,.0f}",
             f"{row['share']:.1%}",
             f"{row['data_wait']:.1%}",
-            f"{row['cores_that_feed_it']:.2f}",
+            f"{row['cores_that_feed_it']:.2f}" if "cores_that_feed_it" in row else "",
         )
         for name, row in found["models"].items()
     ]
-    head = _machine(found), "batch", "from tars, samples/s", "step alone", "share", "data wait"
+    head = "", "batch", "from tars, samples/s", "step alone", "share", "data wait"
     return table((*head, "cores that feed the step"), *rows)
 
 
-def _machine(found: Found) -> str:
-    environment = found["environment"]
+def _machine(model: Found) -> str:
+    environment = model["environment"]
     on_cpu = environment["platform"] == "cpu"
     return f"{environment['cores']} CPU cores" if on_cpu else str(environment["device"])
 
@@ -166,10 +195,12 @@ def main() -> None:
     if "profile" in roofline:
         made["profile"] = profile(roofline)
     for name, file, make in (
+        ("steps", "train_step", steps),
         ("tokens", "token_reduction", tokens),
         ("tars", "end_to_end", tars),
     ):
-        found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{file}_*.json"))]
+        paths = sorted(RESULTS.glob(f"{file}_*.json"))
+        found = [json.loads(path.read_text()) for path in paths if path.stem != "train_step_aot"]
         if found:
             made[name] = "\n\n".join(map(make, found))
     text = DOCUMENT.read_text()

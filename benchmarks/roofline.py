@@ -198,7 +198,7 @@ def profile(repeats: int = 3) -> dict[str, Any]:
     from clip_jax.training.throughput import measure_peak
 
     model, precision = preset(PROFILED), "float32"
-    case = Case(PROFILED, model, PROFILED_BATCH, precision, None)
+    case = Case(PROFILED, model, PROFILED_BATCH, precision, None, jax.default_backend())
     runs: dict[str, Callable[[], Any]] = {}
     for packed in (False, True):
         run, _, _ = ours(case, packed=packed)

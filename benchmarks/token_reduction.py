@@ -1,24 +1,26 @@
 """Training speed against FLOPs where tokens are left out: fewer pixels, masked patches, cut text.
 
     python benchmarks/token_reduction.py                # CPU: ViT-B/16 of three layers a tower
-    python benchmarks/token_reduction.py --models ViT-B-16 ViT-L-14 --steps 50       # a GPU
-    python benchmarks/token_reduction.py --try          # every case at toy sizes, in two minutes
+    python benchmarks/token_reduction.py --models ViT-B-16   # a GPU; a call for each model
+    python benchmarks/token_reduction.py --try          # every case at toy sizes, in minutes
 
 CLIPA (Li et al. 2023, "An inverse scaling law for CLIP training") trains at 84 or 112 pixels and
 with captions of 8 or 16 tokens; FLIP (Li et al. 2023) leaves out 50 or 75% of the patches. The
 step is that of train_step.py (exact loss, AdamW, the batch on the device), a caption to a row. The
 cases take turns, --repeats times --steps each, and the median turn counts. FLOPs are analytic.
 "of the saving" is the speedup as a share of the one that FLOPs alone would give: what does not
-shrink with the tokens (optimizer, loss, small matrices) takes the rest.
-Writes benchmarks/results/token_reduction_<device>.json.
+shrink with the tokens (optimizer, loss, small matrices) takes the rest. On a GPU each case is
+compiled and timed before the next, eleven of them: after --seconds none is begun, and the run says
+which are missing. Merged by model into benchmarks/results/token_reduction_<device>.json.
 """
 
 import argparse
 import dataclasses
 import gc
-import json
+import math
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import jax
-from environment import environment
-from train_step import GPU_BATCH, Case, Contender, Wait, ours
+from environment import environment, merge_into
+from train_step import GPU_BATCH, GPU_SECONDS, Case, Contender, Wait, gpu_batch, ours
 
 from clip_jax.config import ModelConfig, preset
 from clip_jax.models import forward_flops
+from clip_jax.parallel.chips import chip_of
 from clip_jax.parallel.host_memory import keep_freed_memory, use_one_arena
 from clip_jax.training.throughput import measure_peak
 
@@ -78,14 +81,17 @@ def num_tokens(model: ModelConfig) -> int:
     return max(1, int(patches * (1 - image.patch_dropout))) + image.class_token
 
 
-def measure(name: str, base: ModelConfig, batch: int, steps: int, repeats: int) -> dict[str, Any]:
-    precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+def measure(
+    name: str, base: ModelConfig, batch: int, steps: int, repeats: int, seconds: float
+) -> dict[str, Any]:
+    platform, end = jax.default_backend(), time.monotonic() + seconds
+    precision = "float32" if platform == "cpu" else "bfloat16"
     rows: dict[str, dict[str, Any]] = {}
     running: dict[str, tuple[Contender, Wait]] = {}
 
     def begin(case: str) -> None:
         model = CASES[case].of(base)
-        run, wait, figures = ours(Case(name, model, batch, precision, None), packed=False)
+        run, wait, figures = ours(Case(name, model, batch, precision, None, platform), packed=False)
         wait(run())
         keep_freed_memory()
         wait(run())
@@ -102,7 +108,7 @@ def measure(name: str, base: ModelConfig, batch: int, steps: int, repeats: int) 
         wait(result)
         rows[case]["seconds"].append((time.perf_counter() - start) / steps)
 
-    if jax.default_backend() == "cpu":  # all fit into memory together, and take turns
+    if platform == "cpu":  # all fit into memory together, and take turns
         for case in CASES:
             begin(case)
         for _ in range(repeats):
@@ -110,6 +116,8 @@ def measure(name: str, base: ModelConfig, batch: int, steps: int, repeats: int) 
                 turn(case)
     else:  # JAX keeps the memory it has: one after the other, the full one at both ends
         for case in [*CASES, FULL]:
+            if time.monotonic() > end and case != FULL:
+                continue
             begin(case)
             for _ in range(repeats):
                 turn(case)
@@ -141,39 +149,48 @@ def reduced(model: ModelConfig, layers: int) -> ModelConfig:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=list(GPU_BATCH))
+    parser.add_argument("--models", nargs="+", choices=list(GPU_BATCH), default=["ViT-B-16"])
     parser.add_argument("--batch", type=int, help="for all models")
     parser.add_argument("--steps", type=int, help="of a turn")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seconds", type=float, help="of a model, after which no case is begun")
+    parser.add_argument("--output", type=Path, help="JSON, merged with what is there")
     parser.add_argument("--try", dest="toy", action="store_true", help="one layer, small batches")
     arguments = parser.parse_args()
     use_one_arena()  # as `clip-jax train` does
     on_cpu = jax.default_backend() == "cpu"
-    models = arguments.models or (["ViT-B-16"] if on_cpu else ["ViT-B-16", "ViT-L-14"])
     steps = arguments.steps or (1 if on_cpu else 20)
-    result: dict[str, Any] = {"environment": environment(), "models": {}}
-    for name in models:
-        base, batch = preset(name), arguments.batch or GPU_BATCH[name]
-        if on_cpu or arguments.toy:
-            base = reduced(base, TOY_LAYERS if arguments.toy else CPU_LAYERS)
-            batch = arguments.batch or (TOY_BATCH if arguments.toy else CPU_BATCH)
-        result["models"][name] = found = measure(name, base, batch, steps, arguments.repeats)
-        print(
-            f"{name}, {base.image.depth} and {base.text.depth} layers, batch {batch}, "
-            f"{found['precision']}"
-        )
-        head = "samples/s", "GFLOPs a sample", "speedup", "FLOPs saved", "of the saving"
-        print(f"{'':28} {head[0]:>10} {head[1]:>16} {head[2]:>9} {head[3]:>12} {head[4]:>14}")
-        for case, row in found["cases"].items():
+    seconds = arguments.seconds or (math.inf if on_cpu else GPU_SECONDS)
+    device, output = jax.local_devices()[0], arguments.output
+    if output is None and not arguments.toy:
+        kind = device.device_kind.replace(" ", "_").lower()
+        output = RESULTS / f"token_reduction_{kind}.json"
+    with tempfile.TemporaryDirectory() as folder:  # the full case is compiled twice on a GPU
+        jax.config.update("jax_compilation_cache_dir", folder)
+        for name in arguments.models:
+            chip = chip_of(device)
+            batch = arguments.batch or gpu_batch(name, None if chip is None else chip.memory_bytes)
+            base = preset(name)
+            if on_cpu or arguments.toy:
+                base = reduced(base, TOY_LAYERS if arguments.toy else CPU_LAYERS)
+                batch = arguments.batch or (TOY_BATCH if arguments.toy else CPU_BATCH)
+            found = measure(name, base, batch, steps, arguments.repeats, seconds)
+            if output is not None:
+                merge_into(output, "models", name, {"environment": environment(), **found})
             print(
-                f"{case:28} {row['samples_per_second']:10.2f} "
-                f"{row['flops_per_sample'] / 1e9:16.2f} {row['speedup']:8.2f}x "
-                f"{row['flops_saving']:11.2f}x {row['share_of_saving']:14.0%}"
+                f"{name}, {base.image.depth} and {base.text.depth} layers, batch {batch}, "
+                f"{found['precision']}"
             )
-    kind = jax.devices()[0].device_kind.replace(" ", "_").lower()
-    if not arguments.toy:
-        path = RESULTS / f"token_reduction_{kind}.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
+            head = "samples/s", "GFLOPs a sample", "speedup", "FLOPs saved", "of the saving"
+            print(f"{'':28} {head[0]:>10} {head[1]:>16} {head[2]:>9} {head[3]:>12} {head[4]:>14}")
+            for case, row in found["cases"].items():
+                print(
+                    f"{case:28} {row['samples_per_second']:10.2f} "
+                    f"{row['flops_per_sample'] / 1e9:16.2f} {row['speedup']:8.2f}x "
+                    f"{row['flops_saving']:11.2f}x {row['share_of_saving']:14.0%}"
+                )
+            if missing := CASES.keys() - found["cases"].keys():
+                print(f"not begun, as --seconds were over: {', '.join(sorted(missing))}")
 
 
 if __name__ == "__main__":

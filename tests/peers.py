@@ -5,23 +5,39 @@ import warnings
 from pathlib import Path
 from types import ModuleType
 
-import pytest
-
 _KEPT_ALIVE = []  # torch forgets operators when their Library goes
 
 
 def open_clip_or_skip() -> ModuleType:
     """open_clip with timm, wherever they are on the path; skips the test where they are not."""
-    torch = pytest.importorskip("torch")
-    for name in ("open_clip", "timm", "torchvision"):
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is not installed (pip install 'clip-jax-training[verify]')")
+    import pytest  # benchmarks do without
+
+    if reason := _what_is_missing():
+        pytest.skip(reason)
+    import torch
+
     torch.set_num_threads(1)
+    return open_clip()
+
+
+def open_clip() -> ModuleType:
+    """open_clip with timm, wherever they are on the path. Raises ImportError where they are not."""
+    if reason := _what_is_missing():
+        raise ImportError(reason)
+    import torch
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # theirs, not ours
         define_missing_operators(torch)
         import open_clip
     return open_clip
+
+
+def _what_is_missing() -> str | None:
+    for name in ("torch", "open_clip", "timm", "torchvision"):
+        if importlib.util.find_spec(name) is None:
+            return f"{name} is not installed (pip install 'clip-jax-training[verify]')"
+    return None
 
 
 def define_missing_operators(torch: ModuleType) -> None:
