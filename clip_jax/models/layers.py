@@ -19,6 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from clip_jax.config import ConfigError, ImageTowerConfig, TextTowerConfig
 from clip_jax.models.activations import ACTIVATIONS
+from clip_jax.models.attention import unfused_attention
 
 Array = jax.Array
 TowerConfig = ImageTowerConfig | TextTowerConfig
@@ -138,21 +139,25 @@ def attention(
     for even T alone (CLIP's is 77), and packed rows are a fraction of those it is meant to save.
     """
     if lengths_B is not None:
-        # Lengths, not a mask: cuDNN would turn a mask into a bias, which needs even lengths.
         lengths_B = jnp.maximum(lengths_B, 1).astype(jnp.int32)
-    same_segment_B1TS = None
-    if segments_BT is not None:
-        same_segment_B1TS = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
     # cuDNN takes 16-bit inputs with head widths that are multiples of 8 and raises on others.
-    fused = execution.attention == "cudnn" and q_BTNH.shape[-1] % 8 == 0 and segments_BT is None
+    if execution.attention == "xla" or q_BTNH.shape[-1] % 8 or segments_BT is not None:
+        return unfused_attention(
+            q_BTNH,
+            k_BSNH,
+            v_BSNH,
+            is_causal=is_causal,
+            lengths_B=lengths_B,
+            segments_BT=segments_BT,
+        )
     return jax.nn.dot_product_attention(
         q_BTNH,
         k_BSNH,
         v_BSNH,
-        mask=same_segment_B1TS,
         is_causal=is_causal,
+        # Not a mask: cuDNN would turn it into a bias, which needs even lengths.
         key_value_seq_lengths=lengths_B,
-        implementation="cudnn" if fused else "xla",
+        implementation="cudnn",
     )
 
 

@@ -50,6 +50,49 @@ def test_attention_with_lengths_is_that_of_the_shortened_rows():
         np.testing.assert_allclose(found[row], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"is_causal": True},
+        {"is_causal": False, "lengths_B": jnp.asarray(LENGTHS)},
+        {"is_causal": True, "segments_BT": jnp.array([[1, 1, 2, 2, 2, 3, 0]] * 4)},
+    ],
+    ids=["causal", "lengths", "segments"],
+)
+def test_attention_equals_that_of_jax(options):
+    """In bfloat16 the gradients differ by roundings of it, and no more."""
+    segments = options.get("segments_BT")
+    same = (
+        {} if segments is None else {"mask": segments[:, None, :, None] == segments[:, None, None]}
+    )
+    execution = Execution()
+
+    def ours(q, k, v):
+        return attention(q, k, v, execution=execution, **options).astype(jnp.float32)
+
+    def theirs(q, k, v):
+        return jax.nn.dot_product_attention(
+            *(q, k, v),
+            is_causal=options["is_causal"],
+            key_value_seq_lengths=options.get("lengths_B"),
+            **same,
+        ).astype(jnp.float32)
+
+    inputs = [tokens(4, 7, 2, 8, seed=i) for i in range(3)]
+    up = tokens(4, 7, 2, 8, seed=3)
+    for dtype, tolerance in ((jnp.float32, 1e-6), (jnp.bfloat16, 2e-2)):
+        x = [jnp.asarray(value, dtype) for value in inputs]
+        found, back = jax.vjp(ours, *x)
+        expected, back_of_jax = jax.vjp(theirs, *x)
+        np.testing.assert_allclose(found, expected, atol=tolerance)
+        for one, other in zip(back(up), back_of_jax(up), strict=True):
+            assert one.dtype == dtype
+            scale = np.abs(other.astype(jnp.float32)).max()
+            np.testing.assert_allclose(
+                one.astype(jnp.float32), other.astype(jnp.float32), atol=tolerance * scale
+            )
+
+
 def test_attention_of_a_row_without_keys_is_finite():
     """As if its first key were real; the gradients are finite too."""
     q, k, v = (tokens(2, 3, 1, 8, seed=i) for i in range(3))
