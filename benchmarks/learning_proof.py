@@ -78,7 +78,7 @@ def judge(
     made for one.
     """
     difference = statistics.mean(values) - statistics.mean(reference)
-    quantile = stats.t.ppf(1 - 0.05 / 2 / comparisons, freedom)
+    quantile = float(stats.t.ppf(1 - 0.05 / 2 / comparisons, freedom))
     limit = quantile * noise * math.sqrt(1 / len(values) + 1 / len(reference))
     return {"difference": difference, "limit": limit, "within_noise": abs(difference) <= limit}
 

@@ -14,6 +14,7 @@ from small import small_model
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import end_to_end
+import learning_proof
 import performance_page
 import train_step
 from environment import merge_into
@@ -182,3 +183,20 @@ def test_a_script_runs_at_toy_sizes(script, arguments, key, tmp_path):
     command = [sys.executable, BENCHMARKS / f"{script}.py", "--try", "--output", output]
     subprocess.run([*command, *arguments], check=True)
     assert json.loads(output.read_text())[key]
+
+
+def test_the_learning_proof_tells_a_difference_from_noise():
+    scores = {"one": [0.38, 0.39, 0.40], "same": [0.385, 0.39, 0.395], "less": [0.28, 0.29, 0.30]}
+    noise, freedom = learning_proof.noise_of(list(scores.values()))
+    assert freedom == 6
+    assert noise == pytest.approx(0.0087, abs=1e-4)  # deviations 0.01, 0.005 and 0.01
+    verdicts = {
+        name: learning_proof.judge(scores[name], scores["one"], noise, freedom, 2)
+        for name in ("same", "less")
+    }
+    read = json.loads(json.dumps(verdicts))  # as the script writes them
+    assert read["same"]["within_noise"]
+    assert not read["less"]["within_noise"]
+    assert read["less"]["difference"] == pytest.approx(-0.10)
+    # 2.97 of Student's t, 6 degrees of freedom, at 5% for two comparisons together.
+    assert read["same"]["limit"] == pytest.approx(2.97 * noise * (2 / 3) ** 0.5, rel=1e-2)
