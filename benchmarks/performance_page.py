@@ -136,6 +136,25 @@ def _step(row: Found) -> tuple[str, str, str, str, str]:
     return rate, eager, compiled, ceiling, memory
 
 
+def programs(found: Found) -> str:
+    """Steps compiled for a GPU that is not there."""
+    rows = [
+        (
+            name,
+            str(row["batch"]),
+            f"{row['tflops']:.1f}",
+            f"{row['flops_over_analytic']:.3f}",
+            f"{row['float32_share_of_flops']:.2%}",
+            f"{row['temporary_gb']:.1f}",
+            f"{row['attention_scores_gb']:.1f}",
+            f"{row['least_ms_at_peak']:.0f}",
+        )
+        for name, row in found["programs"].items()
+    ]
+    head = "", "batch", "TFLOPs a step", "of the analytic count", "in float32", "GB of temporaries"
+    return table((*head, "of them scores", "ms at the data sheet's peak"), *rows)
+
+
 def tokens(found: Found) -> str:
     """A table for each model."""
     made = []
@@ -195,12 +214,12 @@ def main() -> None:
     if "profile" in roofline:
         made["profile"] = profile(roofline)
     for name, file, make in (
-        ("steps", "train_step", steps),
-        ("tokens", "token_reduction", tokens),
-        ("tars", "end_to_end", tars),
+        ("steps", "train_step_[!a]*", steps),
+        ("programs", "train_step_aot", programs),
+        ("tokens", "token_reduction_*", tokens),
+        ("tars", "end_to_end_*", tars),
     ):
-        paths = sorted(RESULTS.glob(f"{file}_*.json"))
-        found = [json.loads(path.read_text()) for path in paths if path.stem != "train_step_aot"]
+        found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{file}.json"))]
         if found:
             made[name] = "\n\n".join(map(make, found))
     text = DOCUMENT.read_text()
