@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from environment import environment, merge_into
 from train_step import GPU_BATCH, choose_packing, gpu_batch, make_batch, make_case
 
+from clip_jax.models.attention import unfused_attention
 from clip_jax.parallel.chips import chip_of
 
 RESULTS = Path(__file__).parent / "results"
@@ -67,7 +68,7 @@ def shapes_of(model: str, batch: int) -> list[Shape]:
 
 
 def make_run(shape: Shape, implementation: Implementation) -> tuple[Callable[[], Any], int]:
-    """Forward and backward, as `models.layers.attention` calls it; and its temporaries in bytes."""
+    """Forward and backward, as `models.layers.attention` has it; and its temporaries in bytes."""
     keys = jax.random.split(jax.random.key(0), 4)
     dims = shape.B, shape.T, shape.N, shape.H
     q_BTNH, k_BTNH, v_BTNH, out_BTNH = (jax.random.normal(key, dims, jnp.bfloat16) for key in keys)
@@ -76,12 +77,17 @@ def make_run(shape: Shape, implementation: Implementation) -> tuple[Callable[[],
         mask = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
 
     def both_ways(q_BTNH: Array, k_BTNH: Array, v_BTNH: Array, out_BTNH: Array, mask: Any) -> Any:
-        mix = functools.partial(
-            jax.nn.dot_product_attention,
-            mask=mask,
-            is_causal=shape.is_causal,
-            implementation=implementation,
-        )
+        if implementation == "xla":
+            mix = functools.partial(
+                unfused_attention, is_causal=shape.is_causal, segments_BT=segments_BT
+            )
+        else:
+            mix = functools.partial(
+                jax.nn.dot_product_attention,
+                mask=mask,
+                is_causal=shape.is_causal,
+                implementation="cudnn",
+            )
         mixed_BTNH, backward = jax.vjp(mix, q_BTNH, k_BTNH, v_BTNH)
         return mixed_BTNH, backward(out_BTNH)
 

@@ -7,7 +7,6 @@ Modules hold float32 parameters and do arithmetic in `Execution.dtype`; they hol
 
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
@@ -15,11 +14,11 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.custom_derivatives import SymbolicZero
 
 from clip_jax.config import ConfigError, ImageTowerConfig, TextTowerConfig
 from clip_jax.models.activations import ACTIVATIONS
 from clip_jax.models.attention import unfused_attention
+from clip_jax.models.gradients import together
 
 Array = jax.Array
 TowerConfig = ImageTowerConfig | TextTowerConfig
@@ -340,32 +339,6 @@ def stacked_blocks(
     return jax.vmap(init)(jax.random.split(rngs.params(), config.depth))
 
 
-@jax.custom_vjp
-def _together(*arrays: Array) -> tuple[Array, ...]:
-    """The same arrays; of their gradients, none is passed on before all are there."""
-    return arrays
-
-
-def _together_forward(*arrays: Any) -> tuple[tuple[Array, ...], tuple[tuple[()] | None, ...]]:
-    # What has no gradient, frozen weights say, is not given one by the barrier.
-    return tuple(x.value for x in arrays), tuple(() if x.perturbed else None for x in arrays)
-
-
-def _together_backward(kept: Any, gradients: Any) -> tuple[Array | None, ...]:
-    has_one = [marker is not None for marker in kept]
-    tied = jax.lax.optimization_barrier(
-        [
-            jnp.zeros(x.shape, x.dtype) if isinstance(x, SymbolicZero) else x
-            for x in itertools.compress(gradients, has_one)
-        ]
-    )
-    rest = iter(tied)
-    return tuple(next(rest) if has else None for has in has_one)
-
-
-_together.defvjp(_together_forward, _together_backward, symbolic_zeros=True)
-
-
 def run_blocks(
     blocks: Block,
     x_BTD: Array,
@@ -391,7 +364,7 @@ def run_blocks(
             # Or XLA puts off weights' gradients until the end of the backward pass, and keeps for
             # each layer what they are made of. In a scan they are made in their layer anyway.
             arrays, tree = jax.tree.flatten((x_BTD, block))
-            x_BTD, block = jax.tree.unflatten(tree, _together(*arrays))
+            x_BTD, block = jax.tree.unflatten(tree, together(*arrays))
         if layout is not None:
             x_BTD, block = layout.rows(x_BTD), layout.whole(block, dtype=execution.dtype)
         return block(x_BTD, lengths_B, segments_BT), None
