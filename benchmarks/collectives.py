@@ -145,7 +145,7 @@ def measure(
         "activations_gathered_or_exchanged": moved,
         "flops_over_analytic": program.flops
         * mesh.size
-        / (task.flops() * config.global_batch_size),
+        / (task.flops(least=True) * config.global_batch_size),
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
         "compile_seconds": round(seconds, 1),
     }

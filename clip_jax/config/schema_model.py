@@ -5,6 +5,7 @@ from typing import Literal
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
 Projection = Literal["linear", "linear_bias", "mlp", "none"]
+POOLS_ONE_TOKEN = ("class_token", "eot", "last")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,8 @@
 from clip_jax.models.bert import BertTransformer
 from clip_jax.models.cbow import BagOfWords
 from clip_jax.models.clip import CLIP, unit_length
+from clip_jax.models.execution import Execution
 from clip_jax.models.flops import forward_flops
-from clip_jax.models.layers import Execution
 from clip_jax.models.naflex import NaFlexTransformer
 from clip_jax.models.positions import resample_position_embedding, stretch_position_embedding
 from clip_jax.models.resnet import ModifiedResNet

@@ -21,23 +21,31 @@ def unfused_attention(
     *,
     is_causal: bool,
     lengths_B: Array | None = None,
-    segments_BT: Array | None = None,
+    segments_BS: Array | None = None,
+    queries_BT: Array | None = None,
 ) -> Array:
     """Scaled dot-product attention [B, T, N, H] in the dtype of `v_BSNH`.
 
-    lengths_B: int32, how many of the S keys of each row are real, at least one. segments_BT: int32,
-    the same number for tokens that attend to each other, of T = S. Softmax in float32;
+    lengths_B: int32, how many of the S keys of each row are real, at least one. segments_BS: int32,
+    the same number for tokens that attend to each other. queries_BT: int32, where the queries stand
+    among the keys; None: at the same places, T = S. Softmax in float32;
     `jax.nn.dot_product_attention` computes the same, but in bfloat16 multiplies the float32
     gradient of the scores with queries and keys, where here it is rounded first, as
     FlashAttention's backward pass does (Dao 2023).
     """
     T, S, width = q_BTNH.shape[1], k_BSNH.shape[1], q_BTNH.shape[-1]
     scores_BNTS = _scores(q_BTNH, k_BSNH) * (1 / math.sqrt(width))
-    if segments_BT is not None:
-        same_B1TS = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
+    if segments_BS is not None:
+        of_queries_BT = segments_BS
+        if queries_BT is not None:
+            of_queries_BT = jnp.take_along_axis(segments_BS, queries_BT, axis=1)
+        same_B1TS = of_queries_BT[:, None, :, None] == segments_BS[:, None, None, :]
         scores_BNTS = jnp.where(same_B1TS, scores_BNTS, _HIDDEN)
     if is_causal:
-        scores_BNTS = jnp.where(jnp.tri(T, S, dtype=bool), scores_BNTS, _HIDDEN)
+        before = jnp.tri(T, S, dtype=bool)
+        if queries_BT is not None:
+            before = jnp.arange(S) <= queries_BT[:, None, :, None]
+        scores_BNTS = jnp.where(before, scores_BNTS, _HIDDEN)
     if lengths_B is not None:
         real_B11S = jnp.arange(S) < lengths_B[:, None, None, None]
         scores_BNTS = jnp.where(real_B11S, scores_BNTS, _HIDDEN)

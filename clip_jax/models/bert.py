@@ -8,14 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from clip_jax.config import TextTowerConfig
-from clip_jax.models.layers import (
-    Array,
-    Execution,
-    layer_norm,
-    look_up,
-    run_blocks,
-    stacked_blocks,
-)
+from clip_jax.models.blocks import run_blocks, run_blocks_to_tokens, stacked_blocks
+from clip_jax.models.execution import Execution
+from clip_jax.models.layers import Array, layer_norm, look_up
 from clip_jax.models.text import check_length, mean_of_real, real_tokens
 
 
@@ -53,16 +48,16 @@ class BertTransformer(nnx.Module):
         x_BTD = x_BTD + self.segment_embedding[0]
         x_BTD = x_BTD + self.position_embedding[: tokens_BT.shape[1]]
         x_BTD = self.embedding_norm(x_BTD).astype(self.execution.dtype)
-        x_BTD = run_blocks(
-            self.blocks,
-            x_BTD,
-            depth=self.config.depth,
-            execution=self.execution,
-            lengths_B=real_tokens(tokens_BT, self.config).sum(axis=1),
-        )
+        depth, lengths_B = self.config.depth, real_tokens(tokens_BT, self.config).sum(axis=1)
         if self.config.pooling == "mean":
+            x_BTD = run_blocks(
+                self.blocks, x_BTD, depth=depth, execution=self.execution, lengths_B=lengths_B
+            )
             return mean_of_real(x_BTD, tokens_BT, self.config), x_BTD
-        pooled_BD = x_BTD[:, 0].astype(jnp.float32)
+        class_B1D, x_BTD = run_blocks_to_tokens(
+            self.blocks, x_BTD, 0, depth=depth, execution=self.execution, lengths_B=lengths_B
+        )
+        pooled_BD = class_B1D[:, 0].astype(jnp.float32)
         if self.config.pooler:
             pooled_BD = jnp.tanh(self.pooler(pooled_BD))
         return pooled_BD, x_BTD

@@ -7,7 +7,8 @@ import jax
 from flax import nnx
 
 from clip_jax.config import TextTowerConfig
-from clip_jax.models.layers import Array, Execution, look_up
+from clip_jax.models.execution import Execution
+from clip_jax.models.layers import Array, look_up
 from clip_jax.models.text import mean_of_real
 
 

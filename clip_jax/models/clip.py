@@ -14,7 +14,8 @@ from clip_jax.config import ModelConfig
 from clip_jax.models.activations import ACTIVATIONS
 from clip_jax.models.bert import BertTransformer
 from clip_jax.models.cbow import BagOfWords
-from clip_jax.models.layers import Array, Execution
+from clip_jax.models.execution import Execution
+from clip_jax.models.layers import Array
 from clip_jax.models.naflex import NaFlexTransformer
 from clip_jax.models.resnet import ModifiedResNet
 from clip_jax.models.text import TextTransformer

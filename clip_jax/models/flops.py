@@ -3,15 +3,22 @@
 import math
 
 from clip_jax.config import ImageTowerConfig, ModelConfig, TextTowerConfig
+from clip_jax.config.schema_model import POOLS_ONE_TOKEN
 
 TowerConfig = ImageTowerConfig | TextTowerConfig
 
 
 def forward_flops(
-    model: ModelConfig, *, rows_per_text: float = 1.0, training: bool = False
+    model: ModelConfig,
+    *,
+    rows_per_text: float = 1.0,
+    training: bool = False,
+    least: bool = False,
 ) -> tuple[int, int]:
     """FLOPs of one image and of one text through tower and projection (2 per multiply-add).
 
+    Of whole blocks, as the field counts them; least: of what the pooled features need, which is
+    what is computed (`blocks.run_blocks_to_tokens`).
     training: with patch dropout. A naflex image is a full sequence of patches, padding and all, and
     a text `rows_per_text` rows of `context_length` tokens: what is computed, whatever is padding.
     """
@@ -19,11 +26,11 @@ def forward_flops(
     image_flops = (
         _resnet(image, model.embed_dim)
         if image.kind == "resnet"
-        else _image_transformer(image, image.patch_dropout if training else 0.0)
+        else _image_transformer(image, image.patch_dropout if training else 0.0, least=least)
     )
     image_width = model.embed_dim if image.kind == "resnet" else image.width
     image_flops += _projection(model.image_projection, image_width, model.embed_dim)
-    text_flops = round(_text(text) * rows_per_text)
+    text_flops = _text(text, rows_per_text, least=least)
     text_flops += _projection(model.text_projection, text.width, model.embed_dim)
     return image_flops, text_flops
 
@@ -36,7 +43,7 @@ def _projection(kind: str, width: int, embed_dim: int) -> int:
     return 2 * width * embed_dim
 
 
-def _image_transformer(image: ImageTowerConfig, patch_dropout: float) -> int:
+def _image_transformer(image: ImageTowerConfig, patch_dropout: float, *, least: bool) -> int:
     grid_size = (image.image_size // image.patch_size) ** 2
     if image.kind == "naflex":
         num_patches = image.max_num_patches
@@ -47,12 +54,15 @@ def _image_transformer(image: ImageTowerConfig, patch_dropout: float) -> int:
     flops += _stem(image, num_patches)
     num_patches = max(1, int(num_patches * (1 - patch_dropout)))
     flops += _blocks(image, num_patches + num_prefix)
+    if least:
+        flops -= _left_out(image, num_patches + num_prefix)
     if image.pooling == "attention":
         flops += _attention_pooling(image, num_patches)
     return flops
 
 
-def _text(text: TextTowerConfig) -> int:
+def _text(text: TextTowerConfig, rows: float, *, least: bool) -> int:
+    """Of one text that fills so many rows."""
     if text.kind == "cbow":
         return 0  # sums alone
     flops = _blocks(text, text.context_length)
@@ -60,7 +70,17 @@ def _text(text: TextTowerConfig) -> int:
         flops += _attention_pooling(text, text.context_length)
     if text.kind == "bert" and text.pooler:
         flops += 2 * text.width**2
-    return flops
+    flops = round(flops * rows)
+    return flops - _left_out(text, text.context_length, rows) if least else flops
+
+
+def _left_out(tower: TowerConfig, num_tokens: int, rows: float = 1.0) -> int:
+    """What the last block need not do for tokens that are not pooled: all but keys and values."""
+    if tower.pooling not in POOLS_ONE_TOKEN:
+        return 0
+    per_token = 4 * tower.width**2 + _mlp(tower)  # queries, output; MLP
+    per_query = 4 * num_tokens * tower.width  # scores and mixing
+    return round((num_tokens * rows - 1) * (per_token + per_query))
 
 
 def _mlp(tower: TowerConfig) -> int:

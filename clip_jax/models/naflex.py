@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from clip_jax.config import ImageTowerConfig
-from clip_jax.models.layers import Array, Execution, layer_norm, run_blocks, stacked_blocks
+from clip_jax.models.blocks import run_blocks, stacked_blocks
+from clip_jax.models.execution import Execution
+from clip_jax.models.layers import Array, layer_norm
 from clip_jax.models.pooling import AttentionPooling
 from clip_jax.models.positions import resampled_per_sample, sincos2d
 from clip_jax.models.vit import PatchStem, drop_patches, final_norm, normalize_image, prepend

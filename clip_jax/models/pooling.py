@@ -6,7 +6,8 @@ Shape suffixes: B batch, T tokens, D width, N heads, H head width.
 import jax.numpy as jnp
 from flax import nnx
 
-from clip_jax.models.layers import MLP, Array, Execution, TowerConfig, attention, layer_norm
+from clip_jax.models.execution import Execution
+from clip_jax.models.layers import MLP, Array, TowerConfig, attention, layer_norm
 
 
 class AttentionPooling(nnx.Module):

@@ -16,7 +16,8 @@ from flax import nnx
 
 from clip_jax.config import ConfigError, ImageTowerConfig
 from clip_jax.config.errors import nearest_multiples
-from clip_jax.models.layers import Array, Execution, attention
+from clip_jax.models.execution import Execution
+from clip_jax.models.layers import Array, attention
 from clip_jax.models.vit import normalize_image
 
 EXPANSION = 4  # channels out of a bottleneck per channel inside it (He et al. 2016)

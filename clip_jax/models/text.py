@@ -9,14 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from clip_jax.config import TextTowerConfig, UserError
-from clip_jax.models.layers import (
-    Array,
-    Execution,
-    layer_norm,
-    look_up,
-    run_blocks,
-    stacked_blocks,
-)
+from clip_jax.models.blocks import run_blocks, run_blocks_to_tokens, stacked_blocks
+from clip_jax.models.execution import Execution
+from clip_jax.models.layers import Array, layer_norm, look_up
 from clip_jax.models.pooling import AttentionPooling
 
 
@@ -81,9 +76,18 @@ class TextTransformer(nnx.Module):
         x_BTD = look_up(self.token_embedding[...], tokens_BT, self.execution)
         x_BTD = x_BTD + self.position_embedding[: tokens_BT.shape[1]]
         x_BTD = x_BTD.astype(self.execution.dtype)
-        x_BTD = run_blocks(self.blocks, x_BTD, depth=self.config.depth, execution=self.execution)
-        x_BTD = self.final_norm(x_BTD)
-        return self._pool(x_BTD, tokens_BT).astype(jnp.float32), x_BTD
+        places_B1 = self._pooled_places(tokens_BT)
+        if places_B1 is None:
+            x_BTD = run_blocks(
+                self.blocks, x_BTD, depth=self.config.depth, execution=self.execution
+            )
+            x_BTD = self.final_norm(x_BTD)
+            return self._pool(x_BTD, tokens_BT).astype(jnp.float32), x_BTD
+        pooled_B1D, x_BTD = run_blocks_to_tokens(
+            self.blocks, x_BTD, places_B1, depth=self.config.depth, execution=self.execution
+        )
+        pooled_B1D, x_BTD = self.final_norm(pooled_B1D), self.final_norm(x_BTD)
+        return pooled_B1D[:, 0].astype(jnp.float32), x_BTD
 
     def packed(self, tokens_PRT: Array, segments_PRT: Array, eot_PG: Array) -> Array:
         """Pooled features [P * G, D] (float32) of captions that share rows (Krell et al. 2021).
@@ -98,18 +102,17 @@ class TextTransformer(nnx.Module):
         x_BTD = look_up(self.token_embedding[...], tokens_BT, self.execution) + self._positions(
             segments_BT
         )
-        x_BTD = run_blocks(
+        # Places in each group, which is whole on a device: of a gather over the batch, the
+        # partitioner would make an all-reduce of all hidden states.
+        x_PGD, _ = run_blocks_to_tokens(
             self.blocks,
             x_BTD.astype(self.execution.dtype),
+            eot_PG,
             depth=self.config.depth,
             execution=self.execution,
             segments_BT=segments_BT,
         )
-        # Inside each group, which is whole on a device: of a gather over the batch, the
-        # partitioner would make an all-reduce of all hidden states.
-        x_PSD = x_BTD.reshape(P, R * T, -1)
-        x_PGD = self.final_norm(jnp.take_along_axis(x_PSD, eot_PG[:, :, None], axis=1))
-        return x_PGD.reshape(eot_PG.size, -1).astype(jnp.float32)
+        return self.final_norm(x_PGD).reshape(eot_PG.size, -1).astype(jnp.float32)
 
     def _positions(self, segments_BT: Array) -> Array:
         """Position embeddings [B, T, D] of tokens counted from the start of their caption."""
@@ -126,16 +129,18 @@ class TextTransformer(nnx.Module):
             precision=jax.lax.Precision.HIGHEST,
         )
 
-    def _pool(self, x_BTD: Array, tokens_BT: Array) -> Array:
+    def _pooled_places(self, tokens_BT: Array) -> Array | int | None:
+        """Of the one token of a row that is pooled, int32 [B, 1] or of all rows; None: of more."""
         match self.config.pooling:
             case "eot":  # the first: padding may repeat it
-                eot_B = jnp.argmax(tokens_BT == self.config.eot_id, axis=1)
-                return jnp.take_along_axis(x_BTD, eot_B[:, None, None], axis=1)[:, 0]
+                return jnp.argmax(tokens_BT == self.config.eot_id, axis=1, keepdims=True)
             case "last":
-                return x_BTD[:, -1]
+                return tokens_BT.shape[1] - 1
             case "class_token":
-                return x_BTD[:, 0]
-            case "mean":
-                return mean_of_real(x_BTD, tokens_BT, self.config)
-            case "attention":
-                return self.pooling(x_BTD)
+                return 0
+        return None
+
+    def _pool(self, x_BTD: Array, tokens_BT: Array) -> Array:
+        if self.config.pooling == "mean":
+            return mean_of_real(x_BTD, tokens_BT, self.config)
+        return self.pooling(x_BTD)

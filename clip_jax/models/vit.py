@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from clip_jax.config import ImageTowerConfig
-from clip_jax.models.layers import Array, Execution, layer_norm, run_blocks, stacked_blocks
+from clip_jax.models.blocks import run_blocks, run_blocks_to_tokens, stacked_blocks
+from clip_jax.models.execution import Execution
+from clip_jax.models.layers import Array, layer_norm
 from clip_jax.models.pooling import AttentionPooling
 from clip_jax.models.positions import sincos2d
 
@@ -182,10 +184,18 @@ class VisionTransformer(nnx.Module):
         x_BTD = prepend(prefix, x_BTD)
         if config.pre_norm:
             x_BTD = self.pre_norm(x_BTD)
-        x_BTD = run_blocks(self.blocks, x_BTD, depth=config.depth, execution=self.execution)
-        if not config.norm_after_pooling:
-            x_BTD = self.final_norm(x_BTD)
-        pooled_BD = self._pool(x_BTD)
+        if config.pooling == "class_token":
+            class_B1D, x_BTD = run_blocks_to_tokens(
+                self.blocks, x_BTD, 0, depth=config.depth, execution=self.execution
+            )
+            pooled_BD = class_B1D[:, 0]
+            if not config.norm_after_pooling:
+                pooled_BD, x_BTD = self.final_norm(pooled_BD), self.final_norm(x_BTD)
+        else:
+            x_BTD = run_blocks(self.blocks, x_BTD, depth=config.depth, execution=self.execution)
+            if not config.norm_after_pooling:
+                x_BTD = self.final_norm(x_BTD)
+            pooled_BD = self._pool(x_BTD)
         if config.norm_after_pooling:
             pooled_BD = self.final_norm(pooled_BD)
         return pooled_BD.astype(jnp.float32), x_BTD
@@ -194,8 +204,6 @@ class VisionTransformer(nnx.Module):
         config = self.config
         if config.pooling == "none":
             return x_BTD
-        if config.pooling == "class_token":
-            return x_BTD[:, 0]
         patches_BTD = x_BTD[:, config.class_token + config.num_registers :]
         if config.pooling == "mean":
             return patches_BTD.astype(jnp.float32).mean(axis=1)

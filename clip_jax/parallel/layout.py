@@ -20,7 +20,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What the models ask of a mesh (`models.layers.Layout`), where it has more than one device."""
+    """What models ask of a mesh (`models.execution.Layout`), where it has more than one device."""
 
     mesh: Mesh
 

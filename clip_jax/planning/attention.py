@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from clip_jax.config import ExperimentConfig, ImageTowerConfig, TextTowerConfig
+from clip_jax.config.schema_model import POOLS_ONE_TOKEN
 from clip_jax.models import Execution
 from clip_jax.planning.hlo import Program
 from clip_jax.planning.hlo_arrays import Array
@@ -73,9 +74,12 @@ def unfused_arrays(
 
 
 def recomputed_scores(config: ExperimentConfig, execution: Execution) -> int:
-    """FLOPs of one sample for the scores that fused backward passes compute once more."""
+    """FLOPs of one sample for the scores that fused backward passes compute once more.
+
+    A last block that has one query to a row is not fused.
+    """
     return sum(
-        2 * num_tokens**2 * tower.width * tower.depth
+        2 * num_tokens**2 * tower.width * (tower.depth - (tower.pooling in POOLS_ONE_TOKEN))
         for num_tokens, tower in _fused_towers(config, execution)
     )
 

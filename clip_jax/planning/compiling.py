@@ -74,7 +74,8 @@ class CompiledStep:
     program: Program
     memory: Memory
     arrays: tuple[ArrayInfo, ...]
-    analytic_flops: int  # of one sample, forward and backward; what is recomputed does not count
+    analytic_flops: int  # of one sample, forward and backward, as MFU counts them
+    least_flops: int  # of them those that training needs; what is recomputed does not count
     dtype: str  # of the towers' arithmetic
     attention: str  # that the run would use: "xla" or "cudnn"; compiled is always XLA's
     remat: str
@@ -132,6 +133,7 @@ def compile_step(
         memory=memory,
         arrays=tuple(step.arrays()),
         analytic_flops=step.task.flops(),
+        least_flops=step.task.flops(least=True),
         dtype=str(execution.dtype),
         attention=execution.attention,
         remat=execution.remat,

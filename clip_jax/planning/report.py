@@ -194,7 +194,7 @@ def _part_rows(parts: list[tuple[str, int]], total: int, topology: Topology) -> 
 
 def _shown_sections(shown: Judged) -> list[Section]:
     estimate, step = shown.estimate, shown.step
-    counted_flops = step.analytic_flops * step.config.global_batch_size / step.num_devices
+    counted_flops = step.least_flops * step.config.global_batch_size / step.num_devices
     changed = f", with {' '.join(shown.overrides)}" if shown.overrides else ""
     rows: Rows = [
         (

@@ -82,6 +82,7 @@ def _judged(shown: Judged) -> dict[str, Any]:
         "num_devices": step.num_devices,
         "global_batch_size": step.config.global_batch_size,
         "analytic_flops_per_sample": step.analytic_flops,
+        "least_flops_per_sample": step.least_flops,
         "dtype": step.dtype,
         "attention": step.attention,
         "compile_seconds": step.compile_seconds,

@@ -164,7 +164,7 @@ def _point(attempt: Attempt, judge: Callable[[CompiledStep], Estimate]) -> Point
 
 def recomputed_share(step: CompiledStep) -> float:
     """FLOPs of all devices by what training needs, minus 1: the loss is in it."""
-    needed = step.analytic_flops * step.config.global_batch_size
+    needed = step.least_flops * step.config.global_batch_size
     return step.program.flops * step.num_devices / needed - 1
 
 

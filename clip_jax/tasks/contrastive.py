@@ -243,15 +243,19 @@ class ContrastiveTask:
             embeddings["text"] = model.encode_text(batch)
         return embeddings
 
-    def flops(self) -> int:
+    def flops(self, *, least: bool = False) -> int:
         """Three forward passes per sample: one forward, two backward. The loss is left out.
 
-        A tower that is frozen whole has the forward pass alone.
+        A tower that is frozen whole has the forward pass alone. least: of what is needed of the
+        last blocks, not of whole ones (`models.forward_flops`).
         """
         packing = self.config.data.packing
         rows_per_text = _rows(packing) / packing.group_size if packing.group_size else 1.0
         image, text = forward_flops(
-            self.config.model, rows_per_text=rows_per_text, training=self._image_trains
+            self.config.model,
+            rows_per_text=rows_per_text,
+            training=self._image_trains,
+            least=least,
         )
         return (3 if self._image_trains else 1) * image + (3 if self._text_trains else 1) * text
 

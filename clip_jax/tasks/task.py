@@ -50,6 +50,9 @@ class Task(Protocol):
         """Unit-length embeddings [B, E] of what `batch` holds: 'image', 'text' or both."""
         ...
 
-    def flops(self) -> int:
-        """Analytic FLOPs of one training sample, forward and backward."""
+    def flops(self, *, least: bool = False) -> int:
+        """Analytic FLOPs of one training sample, forward and backward.
+
+        As MFU counts them; least: without what the model can do without.
+        """
         ...

@@ -57,7 +57,9 @@ def test_image_flops_are_what_xla_counts(config, changes, projection):
             "patch_mask": jax.ShapeDtypeStruct((BATCH, num), jnp.bool_),
             "spatial_shapes": jax.ShapeDtypeStruct((BATCH, 2), jnp.int32),
         }
-    ratio = counted(CLIP.encode_image, model, inputs) / (BATCH * forward_flops(model)[0])
+    ratio = counted(CLIP.encode_image, model, inputs) / (
+        BATCH * forward_flops(model, least=True)[0]
+    )
     assert 0.95 < ratio < 1.12
 
 
@@ -73,7 +75,7 @@ def test_image_flops_are_what_xla_counts(config, changes, projection):
 def test_text_flops_are_what_xla_counts(config, changes):
     model = small_model(text=dataclasses.replace(config, **changes), embed_dim=256)
     inputs = {"tokens": jax.ShapeDtypeStruct((BATCH, config.context_length), jnp.int32)}
-    ratio = counted(CLIP.encode_text, model, inputs) / (BATCH * forward_flops(model)[1])
+    ratio = counted(CLIP.encode_text, model, inputs) / (BATCH * forward_flops(model, least=True)[1])
     assert 0.95 < ratio < 1.12
 
 
@@ -81,7 +83,7 @@ def test_flops_of_packed_text_are_what_xla_counts():
     model = small_model(text=TEXT, embed_dim=256)
     tokens = jax.ShapeDtypeStruct((2, 3, TEXT.context_length), jnp.int32)
     inputs = {"tokens": tokens, "segments": tokens, "eot": jax.ShapeDtypeStruct((2, 4), jnp.int32)}
-    analytic = BATCH * forward_flops(model, rows_per_text=3 / 4)[1]
+    analytic = BATCH * forward_flops(model, rows_per_text=3 / 4, least=True)[1]
     assert 0.95 < counted(CLIP.encode_text, model, inputs) / analytic < 1.12
 
 

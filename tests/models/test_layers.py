@@ -11,14 +11,8 @@ from small import small_model
 
 from clip_jax.config import ConfigError, ImageTowerConfig, TextTowerConfig
 from clip_jax.models import Execution
-from clip_jax.models.layers import (
-    ACTIVATIONS,
-    Block,
-    PostNormBlock,
-    attention,
-    run_blocks,
-    stacked_blocks,
-)
+from clip_jax.models.blocks import Block, PostNormBlock, run_blocks, stacked_blocks
+from clip_jax.models.layers import ACTIVATIONS, attention
 
 CONFIG = small_model().image
 LENGTHS = np.array([5, 1, 7, 3])
@@ -55,13 +49,13 @@ def test_attention_with_lengths_is_that_of_the_shortened_rows():
     [
         {"is_causal": True},
         {"is_causal": False, "lengths_B": jnp.asarray(LENGTHS)},
-        {"is_causal": True, "segments_BT": jnp.array([[1, 1, 2, 2, 2, 3, 0]] * 4)},
+        {"is_causal": True, "segments_BS": jnp.array([[1, 1, 2, 2, 2, 3, 0]] * 4)},
     ],
     ids=["causal", "lengths", "segments"],
 )
 def test_attention_equals_that_of_jax(options):
     """In bfloat16 the gradients differ by roundings of it, and no more."""
-    segments = options.get("segments_BT")
+    segments = options.get("segments_BS")
     same = (
         {} if segments is None else {"mask": segments[:, None, :, None] == segments[:, None, None]}
     )

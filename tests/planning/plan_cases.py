@@ -128,6 +128,7 @@ def step_of(
             ),
         ),
         analytic_flops=16,
+        least_flops=16,
         dtype="bfloat16",
         attention="xla",
         remat=config.remat,
