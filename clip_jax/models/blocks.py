@@ -135,28 +135,30 @@ def run_blocks_to_tokens(
     lengths_B: Array | None = None,
     segments_BT: Array | None = None,
 ) -> tuple[Array, Array]:
-    """What `run_blocks` gives of a few tokens [P, K, D], made without the others; and all it gives.
+    """The tokens [P, K, D] that `run_blocks` would give at a few places; and all tokens [B, T, D].
 
-    The last block makes keys and values of all tokens, and the rest of the few alone, exactly. Of
-    both results `jax.jit` computes those that are used: a ViT-B that is asked for its pooled
-    features does 7% less than whole blocks.
+    For the few, the last block makes keys and values of all tokens and the rest of the few alone:
+    7% fewer FLOPs of a ViT-B. Of both results `jax.jit` computes those that are used. Where layers
+    are scanned, the scan reads a copy of the weights of all but the last: on a device as many bytes
+    as they have there.
 
     places_PK: int32, in groups of B / P rows that follow each other as one long row, where there
     are segments; without, P is B. Or one place for all rows.
     """
     B, T, D = x_BTD.shape
     first, last = _split_last(blocks)
-    frozen = execution.frozen_layers
+    frozen, last_is_frozen = execution.frozen_layers, execution.frozen_layers == depth
     layer = _layer(execution, lengths_B, segments_BT)
     x_BTD = _run(layer, first, x_BTD, depth - 1, frozen, execution)
-    all_BTD = _run(layer, last, x_BTD, 1, frozen - depth + 1, execution)
+    all_BTD = _run(layer, last, x_BTD, 1, int(last_is_frozen), execution)
     P = B if isinstance(places_PK, int) else places_PK.shape[0]
+    segments_PS = None
     if segments_BT is not None:  # numbered 1, 2, ... in each row
         segments_PRT = segments_BT.reshape(P, B // P, T) + (T + 1) * jnp.arange(B // P)[:, None]
-        segments_BT = segments_PRT.reshape(P, -1)
-    layer = _layer(execution, lengths_B, segments_BT, places_PK)
+        segments_PS = segments_PRT.reshape(P, -1)
+    layer = _layer(execution, lengths_B, segments_PS, places_PK)
     x_PSD = x_BTD.reshape(P, -1, D)
-    few_PKD = _run(layer, last, x_PSD, 1, frozen - depth + 1, execution)
+    few_PKD = _run(layer, last, x_PSD, 1, int(last_is_frozen), execution)
     if execution.layout is None:
         return few_PKD, all_BTD
     return execution.layout.rows(few_PKD), execution.layout.rows(all_BTD)
@@ -209,7 +211,8 @@ def _rematerialised(
     layer: Callable[[Array, Block], Array], execution: Execution, *, is_scanned: bool
 ) -> Callable[[Array, Block], Array]:
     layout = execution.layout
-    # Weights gathered for a layer are dropped after it and gathered again going backward.
+    # Weights gathered for a layer are dropped after it and gathered again going backward; of those
+    # of the last block, what `Attention` cuts out for queries, keys and values stays.
     if execution.remat == "none" and (layout is None or not layout.gathers):
         return layer
     # A scan keeps XLA from merging the recomputation with the forward pass.
@@ -225,7 +228,7 @@ def _run(
     execution: Execution,
 ) -> Array:
     """Applies so many blocks, of which the first are frozen."""
-    frozen = min(max(frozen, 0), num_layers)
+    frozen = min(frozen, num_layers)
     for begin, end, is_frozen in ((0, frozen, True), (frozen, num_layers, False)):
         if begin == end:
             continue

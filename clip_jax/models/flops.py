@@ -18,7 +18,8 @@ def forward_flops(
     """FLOPs of one image and of one text through tower and projection (2 per multiply-add).
 
     Of whole blocks, as the field counts them; least: of what the pooled features need, which is
-    what is computed (`blocks.run_blocks_to_tokens`).
+    what is computed (`blocks.run_blocks_to_tokens`; queries of packed texts also look at the other
+    rows of their group, which is not counted).
     training: with patch dropout. A naflex image is a full sequence of patches, padding and all, and
     a text `rows_per_text` rows of `context_length` tokens: what is computed, whatever is padding.
     """

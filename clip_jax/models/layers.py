@@ -42,7 +42,8 @@ def attention(
     segments_BS: int32, the same number for tokens that attend to each other, so all attend to
     themselves at least. Always by XLA: cuDNN would add a mask as a bias of [B, T, T], for even T
     alone (CLIP's is 77), and packed rows are a fraction of those it is meant to save.
-    queries_BT: int32, where a few queries stand among the keys; None: T = S. Always by XLA.
+    queries_BT: int32, where a few queries stand among the keys; None: T = S. Always by XLA: their
+    scores are few.
     """
     if lengths_B is not None:
         lengths_B = jnp.maximum(lengths_B, 1).astype(jnp.int32)
@@ -111,7 +112,7 @@ def layer_norm(
 class Queries(NamedTuple):
     """A few tokens of each row, and where they stand in it."""
 
-    tokens: Array  # [B, K, D]
+    tokens: Array  # [B, K, D], normed where the block norms before its attention
     places: Array  # int32 [B, K]
 
 

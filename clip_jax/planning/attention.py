@@ -52,6 +52,7 @@ def unfused_arrays(
 
     Scores; and the copies of q, k, v and the output that cuBLAS wants: of all heads in a row,
     [B * N, T, H], with T filled up to a multiple of 8. A fused kernel takes them where they lie.
+    Those of a last block with one query to a row are left out too, though it is not fused.
     """
     towers = _fused_towers(config, execution)
     lengths: set[int] = set()

@@ -43,20 +43,24 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(
-    "execution",
-    [Execution(flat_products=True), Execution(unroll_layers=True, remat="full", frozen_layers=1)],
-    ids=["scanned", "unrolled"],
-)
-def test_a_few_tokens_and_their_gradients_are_those_of_all(case, execution):
+EXECUTIONS = {
+    "scanned": Execution(flat_products=True),
+    "dots, all but the last frozen": Execution(remat="dots", frozen_layers=2),
+    "unrolled": Execution(unroll_layers=True, remat="full", frozen_layers=1),
+}
+
+
+def both(case, execution, depth):
+    """Outputs and gradients by `run_blocks_to_tokens`, then by `run_blocks`."""
     config, num_rows, places, options, what = CASES[case]
+    config = dataclasses.replace(config, depth=depth)
     blocks = stacked_blocks(
         config, execution, **{"is_causal": False, "rngs": nnx.Rngs(0)} | options
     )
-    x, up = tokens(num_rows, T, 32), tokens(2, 3, 32) if case == "packed" else tokens(B, 1, 32)
+    up = tokens(2, 3, 32) if case == "packed" else tokens(B, 1, 32)
+    x = tokens(num_rows, T, 32)
     what = {name: jnp.asarray(value) for name, value in what.items()}
-    same = {"depth": config.depth, "execution": execution} | what
+    same = {"depth": depth, "execution": execution} | what
 
     def whole(blocks, x):
         y = run_blocks(blocks, x, **same)
@@ -70,12 +74,35 @@ def test_a_few_tokens_and_their_gradients_are_those_of_all(case, execution):
         results = []
         for method in (few, whole):
             outputs, back = jax.vjp(method, blocks, x)
-            results.append((outputs, back((jnp.asarray(up), jnp.zeros_like(x)))))
+            ups = up.astype(outputs[0].dtype), 0.1 * x.astype(outputs[1].dtype)
+            results.append((outputs, back(ups)))
         return results
 
-    found, expected = run(blocks, x)
+    return run(blocks, x.astype(execution.dtype))
+
+
+@pytest.mark.parametrize(
+    ("case", "execution", "depth"),
+    [(case, name, 3) for case in CASES for name in ("scanned", "unrolled")]
+    + [("class token", "dots, all but the last frozen", 3)]
+    + [("packed", "scanned", 1), ("end of text", "unrolled", 1)],  # the last is frozen: no gradient
+)
+def test_a_few_tokens_and_all_of_them_with_gradients_are_those_of_whole_blocks(
+    case, execution, depth
+):
+    found, expected = both(case, EXECUTIONS[execution], depth)
     for ours, reference in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, reference, rtol=1e-5, atol=1e-5)
+    frozen = EXECUTIONS[execution].frozen_layers
+    assert frozen < depth or not any(leaf.any() for leaf in jax.tree.leaves(found[1]))
+
+
+def test_in_bfloat16_they_differ_by_its_roundings():
+    found, expected = both("end of text", Execution(dtype=jnp.bfloat16), 3)
+    for ours, reference in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert ours.dtype == reference.dtype
+        ours, reference = (np.asarray(x, np.float32) for x in (ours, reference))
+        np.testing.assert_allclose(ours, reference, atol=0.03 * np.abs(reference).max() + 1e-6)
 
 
 def test_nothing_else_is_computed_of_the_last_block():
