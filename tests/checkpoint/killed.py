@@ -39,7 +39,7 @@ for line in sys.stdin:
         os.dup2(writing, 1)
         save_for_ever()
     os.close(writing)
-    for _ in range(1 + trial % 3):  # saves have begun, at least this many
+    for _ in range(2 + trial % 3):  # saves have begun: all before the last of them are complete
         os.read(reading, 1)
     time.sleep(random.Random(trial).uniform(0, 0.15))
     os.kill(child, signal.SIGKILL)
