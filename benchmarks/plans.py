@@ -121,7 +121,9 @@ def _column(result: dict[str, Any]) -> dict[str, str]:
         return column | left | {"whole command": _command(result), "findings": "nothing fits"}
     estimate = shown["estimate"]
     data, fsdp, _ = shown["mesh"]
-    needed = shown["least_flops_per_sample"] * shown["global_batch_size"]
+    # Rows of older code, whose last blocks were whole, have the one count alone.
+    least = shown.get("least_flops_per_sample", shown["analytic_flops_per_sample"])
+    needed = least * shown["global_batch_size"]
     figures = (
         " ".join(f"`{text}`" for text in shown["overrides"]) or "the recipe",
         "x".join(map(str, shown["mesh"])),
