@@ -12,9 +12,7 @@ finished run is read, not repeated. Writes benchmarks/results/learning_proof.jso
 import argparse
 import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from environment import environment
+from quickstart import ROOT, train
 from scipy import stats
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "learning_proof.json"
 METRICS = (
     "eval/unseen_artist/text_to_image_R@1",
@@ -46,17 +44,12 @@ def run(variant: str, seed: int, steps: int, runs: Path) -> dict[str, float]:
     """The last training and evaluation lines of one run."""
     overrides, devices = VARIANTS[variant]
     workdir = runs / f"{variant.replace(' ', '-')}-{steps}-{seed}"
-    command = [
-        *(sys.executable, "-c", "import sys; from clip_jax.cli import main; sys.exit(main())"),
-        *("train", f"--config={ROOT / 'configs' / 'quickstart.py'}"),
-        *(f"--workdir={workdir.absolute()}", f"--config.seed={seed}", *overrides),
+    lines = train(
+        workdir,
+        *(f"--config.seed={seed}", *overrides),
         *(f"--config.num_steps={steps}", "--config.evaluation.report=False"),
-    ]
-    variables = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    subprocess.run(
-        command, cwd=ROOT, env=os.environ | variables, check=True, stdout=subprocess.DEVNULL
+        variables={"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)},
     )
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     training = next(line for line in reversed(lines) if "loss" in line)
     scores = next(line for line in reversed(lines) if METRICS[0] in line)
     return training | scores

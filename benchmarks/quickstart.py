@@ -10,10 +10,13 @@ quoted, not run here.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from environment import environment
 
@@ -31,19 +34,30 @@ METRICS = {
 }
 
 
-def run(seed: int, runs: Path) -> dict[str, float]:
-    """The last training and evaluation lines of the run of one seed, in one dict."""
-    workdir = runs / f"seed{seed}"
+def train(
+    workdir: Path, *overrides: str, root: Path = ROOT, variables: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """Trains by configs/quickstart.py of the code in `root`: the lines of metrics.jsonl."""
     command = [
         *(sys.executable, "-c", "import sys; from clip_jax.cli import main; sys.exit(main())"),
         *("train", "--config=configs/quickstart.py", f"--workdir={workdir.absolute()}"),
-        f"--config.seed={seed}",
+        *overrides,
     ]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    training = [line for line in lines if "loss" in line]
-    rates = sorted(line["samples_per_second"] for line in training)
-    return training[-1] | lines[-1] | {"median_samples_per_second": rates[len(rates) // 2]}
+    environ = os.environ | {"PYTHONPATH": str(root)} | dict(variables or {})
+    subprocess.run(command, cwd=root, env=environ, check=True, stdout=subprocess.DEVNULL)
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def median_rate(lines: list[dict[str, Any]]) -> float:
+    """Samples a second."""
+    return statistics.median(line["samples_per_second"] for line in lines if "loss" in line)
+
+
+def run(seed: int, runs: Path) -> dict[str, float]:
+    """The last training and evaluation lines of the run of one seed, in one dict."""
+    lines = train(runs / f"seed{seed}", f"--config.seed={seed}")
+    last = [line for line in lines if "loss" in line][-1]
+    return last | lines[-1] | {"median_samples_per_second": median_rate(lines)}
 
 
 def main() -> None:

@@ -11,41 +11,16 @@ The scores of whole runs are those of quickstart.py and learning_proof.py.
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 from environment import environment
+from quickstart import ROOT, median_rate, train
 
-ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "quickstart_turns.json"
-
-
-def turn(root: Path, workdir: Path, num_steps: int) -> tuple[float, float]:
-    """Seconds of the command, and the median of the samples a second of its lines."""
-    command = [
-        *(sys.executable, "-c", "import sys; from clip_jax.cli import main; sys.exit(main())"),
-        *("train", "--config=configs/quickstart.py", f"--workdir={workdir}"),
-        f"--config.num_steps={num_steps}",
-    ]
-    begin = time.perf_counter()
-    subprocess.run(
-        command,
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root)},
-        check=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    seconds = time.perf_counter() - begin
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return seconds, statistics.median(
-        line["samples_per_second"] for line in lines if "loss" in line
-    )
 
 
 def main() -> None:
@@ -67,7 +42,9 @@ def main() -> None:
             for number in range(arguments.turns):
                 for name, root in (("before", tree), ("after", ROOT)):
                     workdir = Path(folder) / f"{name}-{number}"
-                    taken, rate = turn(root, workdir, arguments.steps)
+                    begin = time.perf_counter()
+                    lines = train(workdir, f"--config.num_steps={arguments.steps}", root=root)
+                    taken, rate = time.perf_counter() - begin, median_rate(lines)
                     seconds[name].append(taken)
                     rates[name].append(rate)
                     print(f"turn {number + 1}, {name:6} {taken:6.1f} s {rate:6.0f} samples/s")

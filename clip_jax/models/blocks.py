@@ -42,37 +42,37 @@ class Block(nnx.Module):
         places_BK: Array | int | None = None,
     ) -> Array:
         """All tokens [B, T, D], or those at `places_BK` alone [B, K, D]."""
-        few_BKD, queries, normed_BTD = x_BTD, None, self.attention_norm(x_BTD)
+        few_BKD, queries = x_BTD, None
         if places_BK is not None:
             few_BKD = take_tokens(x_BTD, places_BK)
-            queries = Queries(self.attention_norm(few_BKD), _as_array(places_BK, x_BTD))
-        change_BKD = self.attention(normed_BTD, lengths_B, segments_BT, queries)
+            queries = Queries(self.attended(few_BKD), _as_array(places_BK, x_BTD))
+        change_BKD = self.attention(self.attended(x_BTD), lengths_B, segments_BT, queries)
+        return self.after_attention(few_BKD, change_BKD)
+
+    def attended(self, x_BTD: Array) -> Array:
+        """What attention is given of tokens."""
+        return self.attention_norm(x_BTD)
+
+    def after_attention(self, x_BTD: Array, change_BTD: Array) -> Array:
+        """The rest of the block, in which tokens do not see each other."""
         if self.layer_scale:
-            change_BKD = change_BKD * self.attention_scale[...].astype(x_BTD.dtype)
-        few_BKD = few_BKD + change_BKD
-        change_BKD = self.mlp(self.mlp_norm(few_BKD))
+            change_BTD = change_BTD * self.attention_scale[...].astype(x_BTD.dtype)
+        x_BTD = x_BTD + change_BTD
+        change_BTD = self.mlp(self.mlp_norm(x_BTD))
         if self.layer_scale:
-            change_BKD = change_BKD * self.mlp_scale[...].astype(x_BTD.dtype)
-        return few_BKD + change_BKD
+            change_BTD = change_BTD * self.mlp_scale[...].astype(x_BTD.dtype)
+        return x_BTD + change_BTD
 
 
 class PostNormBlock(Block):
     """The block of the first Transformer and of BERT: each norm is after its residual sum."""
 
-    def __call__(
-        self,
-        x_BTD: Array,
-        lengths_B: Array | None = None,
-        segments_BT: Array | None = None,
-        places_BK: Array | int | None = None,
-    ) -> Array:
-        few_BKD, queries = x_BTD, None
-        if places_BK is not None:
-            few_BKD = take_tokens(x_BTD, places_BK)
-            queries = Queries(few_BKD, _as_array(places_BK, x_BTD))
-        change_BKD = self.attention(x_BTD, lengths_B, segments_BT, queries)
-        few_BKD = self.attention_norm(few_BKD + change_BKD)
-        return self.mlp_norm(few_BKD + self.mlp(few_BKD))
+    def attended(self, x_BTD: Array) -> Array:
+        return x_BTD
+
+    def after_attention(self, x_BTD: Array, change_BTD: Array) -> Array:
+        x_BTD = self.attention_norm(x_BTD + change_BTD)
+        return self.mlp_norm(x_BTD + self.mlp(x_BTD))
 
 
 def take_tokens(x_BTD: Array, places_BK: Array | int) -> Array:
